@@ -1,0 +1,54 @@
+"""What happens between `hidden @ weight.T` and the softmax, and what one pass over the rows returns."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Head:
+    """The elementwise map from raw logits to the logits that enter the softmax.
+
+        z0 = hidden @ weight.T + bias
+        z  = cap(logit_scale * z0) / temperature,      cap(x) = softcap * tanh(x / softcap), or x
+
+    Fields:
+        softcap: positive, or None for no cap (Gemma-2: 30).
+        logit_scale: multiplies the raw logits (Cohere), 1.0 for none.
+        temperature: positive, divides the capped logits.
+        ignore_index: label of a row that takes no part: its outputs and gradients are exactly 0.
+    Raises:
+        ValueError: softcap or temperature not positive and finite, logit_scale not finite.
+    """
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    ignore_index: int = IGNORE_INDEX
+
+    def __post_init__(self) -> None:
+        inf = float("inf")
+        if self.softcap is not None and not 0 < self.softcap < inf:
+            raise ValueError(f"softcap={self.softcap!r} must be positive and finite, or None")
+        if not 0 < self.temperature < inf:
+            raise ValueError(f"temperature={self.temperature!r} must be positive and finite")
+        if not -inf < self.logit_scale < inf:
+            raise ValueError(f"logit_scale={self.logit_scale!r} must be finite")
+
+
+class RowStats(NamedTuple):
+    """Per-row results of one pass over the vocabulary; all (N,), all fp32 but is_top1 (bool).
+
+    `logps` and `lse` are always there, the others only when asked for. Ignored rows hold 0
+    (False in is_top1). `lse` and `mean_logit` speak of the transformed logits z; `entropy` is
+    `lse - sum_v p_v z_v`, in nats; `is_top1` says that no logit is greater than the label's.
+    """
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    mean_logit: Tensor | None = None

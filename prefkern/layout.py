@@ -1,0 +1,291 @@
+"""Where the responses, segments and groups of a packed batch lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Accumulate = Literal["segment", "prefix"]
+
+
+class TailIndex(NamedTuple):
+    """The layout as the tail kernels read it: int64 tensors on one device, views of one buffer.
+
+    Segments are numbered in *group order*: the K segments that compete in one group are neighbours.
+    A *chain* is a run of groups that one program walks in order: one group when segments stand for
+    themselves, all groups of a prompt when scores are running prefix sums.
+    """
+
+    segment_start_S: Tensor  # first packed row of segment s
+    segment_end_S: Tensor  # one past its last row; equal to the start where the segment is empty
+    group_offsets: Tensor  # (G + 1,) segments of group g are [group_offsets[g], group_offsets[g + 1])
+    chain_offsets: Tensor  # (C + 1,) groups of chain c are [chain_offsets[c], chain_offsets[c + 1])
+    chain_of_token_N: Tensor  # chain that row n belongs to
+    chain_tokens_C: Tensor  # number of rows of chain c
+    response_of_segment_S: Tensor
+    group_of_segment_S: Tensor
+    prompt_of_group_G: Tensor
+    response_offsets: Tensor  # (R + 1,) rows of response r
+    token_order_S: Tensor  # token_order_S[i] is the group-order number of the i-th segment in row order
+    row_order_offsets: Tensor  # (S + 1,) rows of the i-th segment in row order
+    response_segments: Tensor  # (R + 1,) segments, in row order, of response r
+    max_group: int  # largest K
+    prefix: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Packed responses, cut into segments, the segments gathered into groups.
+
+    Rows of `hidden`, `labels` and `logps` hold the response tokens of response 0, then of response 1, and so
+    on, with no padding and no prompt. The responses of one prompt are neighbours: chosen before rejected in a
+    pair. Every response of a prompt has the same number of segments (some may be empty), and the i-th segments
+    of a prompt's responses form one group. An uncut layout has one segment per response and one group per prompt.
+
+    Build one with `Layout.pairs`, `Layout.groups` or `Layout.sequences`; cut it with `static`, `adaptive` or
+    `split_at`. It lives on the host; `index(device)` copies it to a device once, in one transfer.
+    """
+
+    lengths: tuple[int, ...]  # tokens of each response
+    group_sizes: tuple[int, ...]  # responses of each prompt
+    segment_lengths: tuple[tuple[int, ...], ...] | None = None  # per response, None where uncut
+    accumulate: Accumulate = "segment"
+    _device_index: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if any(n < 0 for n in self.lengths):
+            raise ValueError(f"lengths must not be negative: {min(self.lengths)}")
+        if any(k < 1 for k in self.group_sizes):
+            raise ValueError(f"group_sizes must be at least 1: {min(self.group_sizes)}")
+        if sum(self.group_sizes) != len(self.lengths):
+            raise ValueError(f"group_sizes add up to {sum(self.group_sizes)}, but there are {len(self.lengths)} lengths")
+        if self.accumulate not in ("segment", "prefix"):
+            raise ValueError(f"accumulate={self.accumulate!r} must be 'segment' or 'prefix'")
+
+    # --- building ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def pairs(cls, chosen_lengths: Sequence[int], rejected_lengths: Sequence[int]) -> Layout:
+        """Layout of preference pairs, packed as chosen 0, rejected 0, chosen 1, rejected 1, ...
+
+        Args:
+            chosen_lengths, rejected_lengths: (P,) response lengths in tokens, on the host.
+        Raises:
+            ValueError: the two differ in length, or a length is negative.
+        """
+        chosen, rejected = _ints(chosen_lengths), _ints(rejected_lengths)
+        if len(chosen) != len(rejected):
+            raise ValueError(f"{len(chosen)} chosen_lengths but {len(rejected)} rejected_lengths")
+        return cls(tuple(n for pair in zip(chosen, rejected) for n in pair), (2,) * len(chosen))
+
+    @classmethod
+    def groups(cls, lengths: Sequence[int], group_sizes: Sequence[int]) -> Layout:
+        """Layout of prompts with several responses each (listwise), group sizes free.
+
+        Args:
+            lengths: (R,) response lengths in tokens, the responses of one prompt next to each other.
+            group_sizes: (P,) responses of each prompt; they add up to R.
+        """
+        return cls(_ints(lengths), _ints(group_sizes))
+
+    @classmethod
+    def sequences(cls, lengths: Sequence[int]) -> Layout:
+        """Layout of responses that stand alone: every group has one member."""
+        lengths = _ints(lengths)
+        return cls(lengths, (1,) * len(lengths))
+
+    # --- cutting ----------------------------------------------------------------------------------------------
+
+    def static(self, k: int, *, accumulate: Accumulate = "segment") -> Layout:
+        """Cut every response into windows of k tokens; a prompt has ceil(max length / k) segments.
+
+        The last window of the longest response may be shorter; windows past the end of a shorter response are
+        empty and score 0, as if it were padded with tokens of log-ratio 0.
+
+        Source: xi_static of Autoregressive DPO, arXiv:2602.09533 (its figure; the padding's log-ratio is our choice).
+        Raises:
+            ValueError: k < 1, or the layout is cut already.
+        """
+        _positive("k", k)
+        return self._cut(lambda lengths: [_windows(n, k, max(lengths)) for n in lengths], accumulate)
+
+    def adaptive(self, m: int, *, rule: Literal["A", "B"] = "A", accumulate: Accumulate = "segment") -> Layout:
+        """Cut every response into m nearly equal parts; part i of one is compared with part i of the others.
+
+        Rule A gives floor(T/m) tokens to the first parts and one more to the last T mod m. Rule B cuts at
+        floor(i*T/m). A prompt whose shortest response has fewer than m tokens gets that many parts (at least one).
+
+        Source: xi_adaptive of Autoregressive DPO, arXiv:2602.09533; its figure fits both rules; short responses
+        are our choice.
+        Raises:
+            ValueError: m < 1, rule not "A" or "B", or the layout is cut already.
+        """
+        _positive("m", m)
+        if rule not in ("A", "B"):
+            raise ValueError(f"rule={rule!r} must be 'A' or 'B'")
+        part = _parts_a if rule == "A" else _parts_b
+        return self._cut(lambda lengths: [part(n, max(1, min(m, *lengths, m))) for n in lengths], accumulate)
+
+    def split_at(self, boundaries: Sequence[Sequence[int]], *, accumulate: Accumulate = "segment") -> Layout:
+        """Cut every response at given positions, counted in tokens from its start.
+
+        Args:
+            boundaries: (R,) lists of interior cut positions, each non-decreasing, within [0, length]. [3, 7] cuts
+                a response of 9 tokens into 3, 4 and 2. Responses of one prompt with fewer cuts get empty segments
+                at the end.
+        Raises:
+            ValueError: one list per response is not given, a list decreases or leaves the response, or the layout
+                is cut already.
+        """
+        if len(boundaries) != len(self.lengths):
+            raise ValueError(f"{len(boundaries)} lists of boundaries for {len(self.lengths)} responses")
+        cuts = iter([_ints(b) for b in boundaries])
+        pieces = [_pieces(n, next(cuts), r) for r, n in enumerate(self.lengths)]
+        rows = iter(pieces)
+
+        def take(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+            mine = [next(rows) for _ in lengths]
+            most = max(len(p) for p in mine)
+            return [p + (0,) * (most - len(p)) for p in mine]
+
+        return self._cut(take, accumulate)
+
+    def _cut(self, cut_prompt, accumulate: Accumulate) -> Layout:
+        if self.is_cut:
+            raise ValueError("this layout is cut into segments already; cut the uncut layout")
+        segments: list[tuple[int, ...]] = []
+        for first, size in zip(self._prompt_starts, self.group_sizes):
+            segments += cut_prompt(self.lengths[first : first + size])
+        return replace(self, segment_lengths=tuple(segments), accumulate=accumulate, _device_index={})
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether static, adaptive or split_at made this layout (even if into one segment each)."""
+        return self.segment_lengths is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """N, packed rows."""
+        return sum(self.lengths)
+
+    @property
+    def num_prompts(self) -> int:
+        """P, prompts (pairs, lists or single sequences)."""
+        return len(self.group_sizes)
+
+    @property
+    def num_responses(self) -> int:
+        """R."""
+        return len(self.lengths)
+
+    @property
+    def segments_per_prompt(self) -> tuple[int, ...]:
+        """(P,) segments that each response of the prompt is cut into."""
+        return tuple(len(self._segments[first]) for first in self._prompt_starts)
+
+    @property
+    def num_groups(self) -> int:
+        """G, comparisons: one per prompt and segment."""
+        return sum(self.segments_per_prompt)
+
+    @property
+    def num_segments(self) -> int:
+        """S."""
+        return sum(len(s) for s in self._segments)
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether every prompt has exactly two responses."""
+        return all(k == 2 for k in self.group_sizes)
+
+    @cached_property
+    def _segments(self) -> tuple[tuple[int, ...], ...]:
+        return self.segment_lengths if self.is_cut else tuple((n,) for n in self.lengths)
+
+    @cached_property
+    def _prompt_starts(self) -> tuple[int, ...]:
+        return tuple(_offsets(self.group_sizes)[:-1])
+
+    def index(self, device: torch.device | str) -> TailIndex:
+        """The layout on a device, copied there in one transfer and kept for the next call."""
+        device = torch.device(device)
+        if device not in self._device_index:
+            self._device_index[device] = self._build_index(device)
+        return self._device_index[device]
+
+    def _build_index(self, device: torch.device) -> TailIndex:
+        prefix = self.accumulate == "prefix"
+        response_offsets = _offsets(self.lengths)
+        response_segments = _offsets([len(s) for s in self._segments])
+        row_order_offsets = _offsets([n for s in self._segments for n in s])
+        start, end, response, group_of, prompt_of = [], [], [], [], []
+        group_offsets, order = [0], [0] * (len(row_order_offsets) - 1)
+        for p, (first, size, parts) in enumerate(zip(self._prompt_starts, self.group_sizes, self.segments_per_prompt)):
+            for i in range(parts):
+                for r in range(first, first + size):
+                    j = response_segments[r] + i
+                    order[j] = len(start)
+                    start.append(row_order_offsets[j])
+                    end.append(row_order_offsets[j + 1])
+                    response.append(r)
+                    group_of.append(len(group_offsets) - 1)
+                group_offsets.append(len(start))
+                prompt_of.append(p)
+        groups_of_chain = self.segments_per_prompt if prefix else (1,) * len(prompt_of)
+        chain_offsets = _offsets(groups_of_chain)
+        chain_of_group = [c for c, n in enumerate(groups_of_chain) for _ in range(n)]
+        chain_of_token, chain_tokens = [0] * self.num_tokens, [0] * len(groups_of_chain)
+        for first, last, g in zip(start, end, group_of):
+            chain_of_token[first:last] = [chain_of_group[g]] * (last - first)
+            chain_tokens[chain_of_group[g]] += last - first
+        host = [start, end, group_offsets, chain_offsets, chain_of_token, chain_tokens, response, group_of,
+                prompt_of, response_offsets, order, row_order_offsets, response_segments]  # fmt: skip
+        packed = torch.tensor([x for part in host for x in part], dtype=torch.int64)
+        if device.type == "cuda":
+            packed = packed.pin_memory()
+        views = packed.to(device, non_blocking=True).split([len(part) for part in host])
+        return TailIndex(*views, max_group=max(self.group_sizes, default=1), prefix=prefix)
+
+
+def _ints(values: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(v) for v in values)
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    offsets = [0]
+    for n in sizes:
+        offsets.append(offsets[-1] + n)
+    return offsets
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1")
+
+
+def _windows(length: int, k: int, longest: int) -> tuple[int, ...]:
+    count = max(1, -(-longest // k))
+    return tuple(max(0, min(k, length - i * k)) for i in range(count))
+
+
+def _parts_a(length: int, m: int) -> tuple[int, ...]:
+    base, longer = divmod(length, m)
+    return (base,) * (m - longer) + (base + 1,) * longer
+
+
+def _parts_b(length: int, m: int) -> tuple[int, ...]:
+    return tuple((i + 1) * length // m - i * length // m for i in range(m))
+
+
+def _pieces(length: int, cuts: tuple[int, ...], response: int) -> tuple[int, ...]:
+    edges = (0, *cuts, length)
+    if any(a > b for a, b in zip(edges, edges[1:])):
+        raise ValueError(f"boundaries of response {response}, {list(cuts)}, must not decrease and must lie in [0, {length}]")
+    return tuple(b - a for a, b in zip(edges, edges[1:]))

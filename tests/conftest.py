@@ -1,0 +1,12 @@
+"""Without a GPU every Triton kernel runs in the interpreter; with one, the same tests run the real kernels."""
+
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is decorated
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # unset, its meaning differs between triton 3.9 and 3.10
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
