@@ -1,0 +1,61 @@
+"""Shared by the kernel tests: what is true (float64, plain torch), and how near to it a kernel has to be."""
+
+import torch
+from conftest import DEVICE
+from torch import Tensor
+
+from prefkern.head import Head, RowStats
+
+# The interpreter's tl.dot returns garbage on bf16 operands, so kernels are interpreted in these two only.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def assert_as_good_as_torch(got: Tensor, torch_same_dtype: Tensor, truth_float64: Tensor, eps: float) -> None:
+    """max |got - truth| <= 2 max |torch_same_dtype - truth| + eps max |truth|; NaN and infinities where truth has them.
+
+    Args:
+        got: the result under test.
+        torch_same_dtype: plain torch on the same inputs in the same dtype.
+        truth_float64: the same in float64.
+        eps: relative to the largest true value; a truth of all zeros has to be met exactly.
+    """
+    assert got.shape == truth_float64.shape, f"shape {tuple(got.shape)}, expected {tuple(truth_float64.shape)}"
+    got, same, truth = (t.detach().cpu().double() for t in (got, torch_same_dtype, truth_float64))
+    finite = truth.isfinite()
+    torch.testing.assert_close(got[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True)
+    assert got[finite].isfinite().all(), f"{int((~got[finite].isfinite()).sum())} values are not finite"
+    if not finite.any():
+        return
+    error = (got - truth)[finite].abs().max().item()
+    torch_error = (same - truth)[finite].abs().nan_to_num(0.0).max().item()
+    bound = 2 * torch_error + eps * truth[finite].abs().max().item()
+    assert error <= bound, f"error {error:.3e} > {bound:.3e} = 2 x torch's {torch_error:.3e} + eps"
+
+
+def row_stats(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | None = None) -> RowStats:
+    """All row statistics in plain torch, differentiable; fp32 maths, or float64 when the logits are float64."""
+    z = logits if bias is None else logits + bias
+    z = (z if z.dtype == torch.float64 else z.float()) * head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    z = z / head.temperature
+    kept = labels != head.ignore_index
+    logp = z.log_softmax(-1)
+    label = labels.clamp(0, z.shape[-1] - 1)[:, None]
+    plogp = (logp.exp() * logp.masked_fill(logp.isneginf(), 0.0)).sum(-1)
+    values = (logp.gather(-1, label)[:, 0], z.logsumexp(-1), -plogp, z.mean(-1))
+    logps, lse, entropy, mean_logit = (torch.where(kept, x, 0.0) for x in values)
+    is_top1 = kept & (z.gather(-1, label)[:, 0] >= z.amax(-1))
+    return RowStats(logps, lse, entropy, is_top1, mean_logit)
+
+
+def poison(monkeypatch) -> None:
+    """Make torch.empty and torch.empty_like hand out NaN (or the largest integer): what is read must have been written."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poisoned(*args, _original=original, **kwargs):
+            t = _original(*args, **kwargs)
+            return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max if t.dtype != torch.bool else True)
+
+        monkeypatch.setattr(torch, name, poisoned)
