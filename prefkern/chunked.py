@@ -1,0 +1,117 @@
+"""The chunked body: library products on blocks of logits that fit a workspace, row work in between.
+
+Forward walks rows: a block's logits give the row statistics and, where only hidden needs a gradient, its gradient
+too. Backward walks the vocabulary: with the log-sum-exp known, a slice's gradient is elementwise, and one product
+gives that slice of dweight complete, so no N x V tensor and no fp32 copy of dweight exists.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from prefkern import rows as torch_rows
+from prefkern.head import Head, RowStats
+from prefkern.planner import Plan
+from prefkern.reference import accumulator
+
+# Labels of a slice are taken less its start; these two values can then not be mistaken for a label.
+_ELSEWHERE, _NEVER = -1, -2
+
+
+def forward(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    head: Head,
+    plan: Plan,
+    want: dict[str, bool],
+    *,
+    gradient: bool,
+    rows: ModuleType,
+) -> tuple[RowStats, Tensor | None]:
+    """Row statistics, and d logp_n / d hidden_n (N, D) in hidden's dtype if `gradient`."""
+    n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
+    step = plan.rows_per_chunk
+    scratch = hidden_ND.new_empty(min(step, n), vocab)
+    unit_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if gradient else None
+    parts = []
+    for i in range(0, n, step):
+        chunk = slice(i, min(i + step, n))
+        logits = torch.mm(hidden_ND[chunk], weight_VD.t(), out=scratch[: chunk.stop - i])
+        labels = labels_N[chunk]
+        if gradient and rows is torch_rows:
+            stats = rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, gradient=True, **want)
+        else:
+            stats = rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, **want)
+            if gradient:
+                one = torch.ones_like(stats.lse)
+                rows.row_softmax_backward(logits, labels, stats.lse, one, head, bias_V=bias_V, out=logits)
+        if gradient:
+            torch.mm(logits, weight_VD, out=unit_ND[chunk])
+        parts.append(stats)
+    if not parts:
+        parts = [torch_rows.row_softmax_forward(scratch, labels_N, head, **want)]
+    return RowStats(*(None if column[0] is None else torch.cat(column) for column in zip(*parts))), unit_ND
+
+
+def backward(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    head: Head,
+    plan: Plan,
+    stats: RowStats,
+    grad_logps_N: Tensor | None,
+    grad_entropy_N: Tensor | None,
+    *,
+    needs: tuple[bool, bool, bool],
+    rows: ModuleType,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias (as `needs` says), each in its parameter's dtype."""
+    n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
+    wide = accumulator(hidden_ND.dtype)
+    dhidden = hidden_ND.new_zeros(hidden_ND.shape, dtype=wide) if needs[0] else None
+    dweight = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if needs[1] else None
+    dbias = torch.empty_like(bias_V, memory_format=torch.contiguous_format) if needs[2] else None
+    valid = labels_N != head.ignore_index
+    head = Head(head.softcap, head.logit_scale, head.temperature, ignore_index=_NEVER)
+    grad_logps_N = _only(valid, grad_logps_N)
+    grad_entropy_N = _only(valid, grad_entropy_N)
+    step = plan.vocab_per_slice
+    scratch = hidden_ND.new_empty(n * min(step, vocab))
+    for i in range(0, vocab, step):
+        part = slice(i, min(i + step, vocab))
+        width = part.stop - i
+        weight, bias = weight_VD[part], None if bias_V is None else bias_V[part]
+        dlogits = torch.mm(hidden_ND, weight.t(), out=scratch[: n * width].view(n, width))
+        labels = torch.where((labels_N >= i) & (labels_N < part.stop), labels_N - i, _ELSEWHERE)
+        rows.row_softmax_backward(
+            dlogits, labels, stats.lse, grad_logps_N, head, bias_V=bias, entropy_N=stats.entropy,
+            grad_entropy_N=grad_entropy_N, out=dlogits,
+        )  # fmt: skip
+        if needs[0]:
+            add_product(dhidden, dlogits, weight)
+        if needs[1]:
+            torch.mm(dlogits.t(), hidden_ND, out=dweight[part])
+        if needs[2]:
+            dbias[part] = dlogits.sum(0, dtype=wide)
+    return None if dhidden is None else dhidden.to(hidden_ND.dtype), dweight, dbias
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b with an fp32 total, the product kept in fp32 where the library can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:
+        total += torch.mm(a, b)
+
+
+def _only(valid: Tensor, g: Tensor | None) -> Tensor | None:
+    return None if g is None else torch.where(valid, g, 0.0)

@@ -1,0 +1,88 @@
+"""The definition: every quantity of the package in a few lines of plain torch, differentiable by autograd.
+
+Kernels and chunked bodies are tested against these functions. They hold the whole N x V matrix of logits.
+Arithmetic is fp32 for fp32, fp16 and bf16 inputs, and float64 for float64 inputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefkern.head import Head, RowStats
+from prefkern.layout import TailIndex
+
+
+def transform(raw_NV: Tensor, head: Head) -> Tensor:
+    """z = softcap * tanh(logit_scale * raw / softcap) / temperature, in at least fp32."""
+    z = raw_NV.to(accumulator(raw_NV.dtype)) * head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature
+
+
+def rows_from_logits(raw_NV: Tensor, labels_N: Tensor, head: Head, want: tuple[str, ...] = ()) -> RowStats:
+    """Row statistics of raw logits; see RowStats for their meaning, `want` names the optional ones."""
+    z = transform(raw_NV, head)
+    valid = labels_N != head.ignore_index
+    label = labels_N.clamp(0, z.shape[-1] - 1)
+    lse = torch.logsumexp(z, -1)
+    log_p = F.log_softmax(z, -1)
+    logps = log_p.gather(-1, label[:, None])[:, 0]
+    plogp = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p)
+    best = z.gather(-1, label[:, None])[:, 0] >= z.amax(-1)
+    keep = lambda x: torch.where(valid, x, 0.0)  # noqa: E731
+    return RowStats(
+        logps=keep(torch.where((labels_N >= 0) & (labels_N < z.shape[-1]), logps, torch.nan)),
+        lse=keep(lse).detach(),
+        entropy=keep(-plogp.sum(-1)) if "entropy" in want else None,
+        is_top1=(best & valid).detach() if "is_top1" in want else None,
+        mean_logit=keep(z.mean(-1)).detach() if "mean_logit" in want else None,
+    )
+
+
+def rows_from_hidden(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, head: Head, want: tuple[str, ...] = ()
+) -> RowStats:
+    """Row statistics of hidden states under a language-model head; the logits are rounded to hidden's dtype."""
+    return rows_from_logits(F.linear(hidden_ND, weight_VD, bias_V), labels_N, head, want)
+
+
+def log_ratios(
+    logps_N: Tensor, ref_logps_N: Tensor | None, token_weights_N: Tensor | None, mask_N: Tensor | None
+) -> Tensor:
+    """d_n = token_weight_n * (logp_n - ref_logp_n), exactly 0 where the weight is 0 or the mask is False."""
+    d = logps_N if ref_logps_N is None else logps_N - ref_logps_N
+    if token_weights_N is not None:
+        d = torch.where(token_weights_N == 0, 0.0, d * token_weights_N)
+    return d if mask_N is None else torch.where(mask_N, d, 0.0)
+
+
+def span_sums(values_N: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of each span [offsets[i], offsets[i + 1]), in float64 inside, the same bits on every call."""
+    sums = torch.segment_reduce(values_N.double(), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+    return sums.to(accumulator(values_N.dtype))
+
+
+def segment_scores(d_N: Tensor, index: TailIndex, scale_R: Tensor | None, parts_R: tuple[int, ...]) -> Tensor:
+    """score_s = scale * sum of d over segment s (prefix: over the response up to the segment's end), in group order."""
+    raw = span_sums(d_N, index.row_order_offsets)
+    if index.prefix:
+        raw = torch.cat([part.cumsum(0) for part in raw.split(parts_R)]) if parts_R else raw
+    score_S = torch.empty_like(raw).index_copy(0, index.token_order_S, raw)
+    return score_S if scale_R is None else score_S * scale_R[index.response_of_segment_S]
+
+
+def pad_groups(score_S: Tensor, index: TailIndex) -> tuple[Tensor, Tensor]:
+    """(G, K) scores and their validity, from scores in group order; places past a group's size hold 0."""
+    groups, segments = index.group_offsets.numel() - 1, score_S.numel()
+    member = torch.arange(segments, device=score_S.device) - index.group_offsets[index.group_of_segment_S]
+    place = index.group_of_segment_S * index.max_group + member
+    flat = score_S.new_zeros(groups * index.max_group)
+    valid = torch.zeros_like(flat, dtype=torch.bool).index_fill(0, place, True)
+    shape = (groups, index.max_group)
+    return flat.index_copy(0, place, score_S).view(shape), valid.view(shape)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,173 @@
+"""Row statistics of a block of logits and their gradient, in plain torch: the twin of kernels/row_softmax.py.
+
+Forward:   logp = z_y - lse,  lse = m + log sum_v exp(z_v - m)
+Backward:  dz = g (onehot - p) - e p (log p + entropy),  then times dz/dz0 of the head's transform
+
+The block is walked in pieces of a few rows that stay in a core's cache, with the exponential taken in place, so
+that memory sees each logit once. Arithmetic is fp32 (float64 for float64).
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from prefkern.head import Head, RowStats
+from prefkern.reference import accumulator
+
+# Elements of one piece: 2 MiB in fp32, about one core's second-level cache.
+_PIECE = 1 << 19
+
+
+def row_softmax_forward(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    head: Head,
+    *,
+    bias_V: Tensor | None = None,
+    want_entropy: bool = False,
+    want_top1: bool = False,
+    want_mean: bool = False,
+    gradient: bool = False,
+) -> RowStats:
+    """Row statistics of raw logits.
+
+    Args:
+        logits_NV: (N, V) raw logits, any floating dtype; overwritten when `gradient` is true.
+        labels_N: (N,) int64 in [0, V), or head.ignore_index. Another value gives a NaN log-probability.
+        head: the transform between raw logits and softmax.
+        bias_V: (V,), added to the raw logits.
+        gradient: leave d logp_n / d logits_n in the place of the logits (zero rows where ignored).
+    Returns:
+        RowStats, fp32.
+    """
+    rows, vocab = logits_NV.shape
+    dtype = accumulator(logits_NV.dtype)
+    new = lambda on, kind=dtype: logits_NV.new_empty(rows, dtype=kind) if on else None  # noqa: E731
+    stats = RowStats(new(True), new(True), new(want_entropy), new(want_top1, torch.bool), new(want_mean))
+    for piece in _pieces(rows, vocab):
+        _forward_piece(logits_NV[piece], labels_N[piece], head, bias_V, gradient, [s if s is None else s[piece] for s in stats])
+    valid = labels_N != head.ignore_index
+    for s in stats:
+        if s is not None:
+            s.masked_fill_(~valid, 0)
+    stats.logps.masked_fill_(valid & ((labels_N < 0) | (labels_N >= vocab)), torch.nan)
+    return stats
+
+
+def _forward_piece(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | None, gradient: bool, out: list) -> None:
+    logps, lse, entropy, is_top1, mean_logit = out
+    z = _transform(logits, head, bias)
+    label = labels.clamp(0, z.shape[1] - 1)[:, None]
+    z_label = z.gather(1, label)
+    top = z.amax(1, keepdim=True)
+    if is_top1 is not None:
+        torch.ge(z_label, top, out=is_top1[:, None])
+    if mean_logit is not None:
+        torch.mean(z, 1, out=mean_logit)
+    slope = _slope(z, head) if gradient else None
+    shift = top.masked_fill(top.isneginf(), 0)  # a row of -inf alone: lse is -inf, not NaN
+    z.sub_(shift)
+    exp = z.exp() if entropy is not None else z.exp_()
+    total = exp.sum(1, keepdim=True)
+    log_total = total.log()
+    torch.add(shift, log_total, out=lse[:, None])
+    torch.sub(z_label - shift, log_total, out=logps[:, None])
+    if entropy is not None:
+        torch.sub(log_total[:, 0], z.clamp_(min=-1e30).mul_(exp).sum(1) / total[:, 0], out=entropy)
+    if gradient:
+        valid = (labels != head.ignore_index)[:, None].to(exp.dtype)
+        exp.mul_(-valid / total).scatter_add_(1, label, valid)
+        logits.copy_(exp.mul_(slope))
+
+
+def row_softmax_backward(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    lse_N: Tensor,
+    grad_logps_N: Tensor | None,
+    head: Head,
+    *,
+    bias_V: Tensor | None = None,
+    entropy_N: Tensor | None = None,
+    grad_entropy_N: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient with respect to the raw logits, given dL/dlogp and optionally dL/dentropy.
+
+    Args:
+        logits_NV: (N, V) raw logits, or a slice of the vocabulary of them.
+        labels_N: (N,); a label outside [0, V) adds no one-hot term, so a slice takes labels less its start.
+        lse_N, entropy_N: (N,) from the forward pass over the whole vocabulary.
+        grad_logps_N, grad_entropy_N: (N,) fp32; None stands for zero.
+        grad_scale: 0-dim, multiplies both.
+        out: where to write; the logits themselves are allowed. None: a new tensor.
+    Returns:
+        (N, V) in the dtype of the logits; rows with head.ignore_index are zero.
+    """
+    rows, vocab = logits_NV.shape
+    out = torch.empty_like(logits_NV) if out is None else out
+    valid = labels_N != head.ignore_index
+
+    def upstream(g: Tensor | None) -> Tensor | None:
+        if g is None:
+            return None
+        g = torch.where(valid, g, 0.0)
+        return g[:, None] if grad_scale is None else (g * grad_scale)[:, None]
+
+    g, e = upstream(grad_logps_N), upstream(grad_entropy_N)
+    inside = (labels_N >= 0) & (labels_N < vocab)
+    label = labels_N.clamp(0, vocab - 1)[:, None]
+    hit = None if g is None else torch.where(inside[:, None], g, 0.0)
+    for piece in _pieces(rows, vocab):
+        z = _transform(logits_NV[piece], head, bias_V)
+        slope = _slope(z, head)
+        log_p = z.sub_(lse_N[piece, None])
+        if e is None:
+            dz = log_p.exp_().mul_(-g[piece])
+        else:
+            p = log_p.exp()
+            dz = log_p.clamp_(min=-1e30).add_(entropy_N[piece, None]).mul_(e[piece])
+            dz = dz.add_(g[piece]).mul_(p).neg_() if g is not None else dz.mul_(p).neg_()
+        if hit is not None:
+            dz.scatter_add_(1, label[piece], hit[piece])
+        out[piece].copy_(dz.mul_(slope).masked_fill_(~valid[piece, None], 0))
+    return out
+
+
+def _pieces(rows: int, vocab: int):
+    step = max(1, _PIECE // max(1, vocab))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def _transform(logits: Tensor, head: Head, bias: Tensor | None) -> Tensor:
+    z = logits.to(accumulator(logits.dtype), copy=True)
+    if bias is not None:
+        z.add_(bias)
+    if head.logit_scale != 1.0:
+        z.mul_(head.logit_scale)
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    return z.div_(head.temperature) if head.temperature != 1.0 else z
+
+
+def _slope(z: Tensor, head: Head) -> Tensor | float:
+    """dz/dz0 = (1 - (z * temperature / softcap)^2) * logit_scale / temperature."""
+    slope = head.logit_scale / head.temperature
+    if head.softcap is None:
+        return slope
+    return z.mul(head.temperature / head.softcap).square_().neg_().add_(1).mul_(slope)
+
+
+def implementation(device: torch.device) -> ModuleType:
+    """The module whose row_softmax_forward and row_softmax_backward serve a device: Triton's on a GPU, else this one."""
+    import sys
+
+    from prefkern.planner import has_triton
+
+    if device.type == "cuda" and has_triton():
+        from prefkern.kernels import row_softmax
+
+        return row_softmax
+    return sys.modules[__name__]

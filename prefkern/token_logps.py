@@ -1,0 +1,321 @@
+"""Per-token log-probabilities and their gradient: the heavy part, which knows nothing of preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefkern import chunked, reference
+from prefkern import rows as torch_rows
+from prefkern.head import IGNORE_INDEX, Head, RowStats
+from prefkern.planner import Plan, plan, require_triton
+
+OUTPUTS = ("entropy", "is_top1", "mean_logit", "lse")
+_WANT = {"entropy": "want_entropy", "is_top1": "want_top1", "mean_logit": "want_mean"}
+
+
+class TokenLogpsOutput(NamedTuple):
+    """Per-token results, each in the shape of `labels`; None where not asked for.
+
+    logps and entropy carry gradients, the others never do.
+    """
+
+    logps: Tensor  # fp32, nats
+    entropy: Tensor | None = None  # fp32, nats
+    is_top1: Tensor | None = None  # bool: no logit is greater than the label's
+    mean_logit: Tensor | None = None  # fp32: mean over the vocabulary of the transformed logits
+    lse: Tensor | None = None  # fp32, nats: log-sum-exp of the transformed logits
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Everything of one call that is not a tensor."""
+
+    head: Head
+    plan: Plan | None
+    want: tuple[str, ...]
+    rows: ModuleType | None
+    keep_logits: bool = True
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {flag: name in self.want for name, flag in _WANT.items()}
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    outputs: Collection[str] = (),
+    impl: str = "auto",
+    workspace_bytes: int | None = None,
+) -> TokenLogpsOutput:
+    """Log-probability of each label under softmax of the head's logits, without storing the logits.
+
+        logp[n] = z[n, labels[n]] - logsumexp_v z[n, v]
+        z       = cap(logit_scale * (hidden @ weight.T + bias)) / temperature,   cap(x) = softcap * tanh(x / softcap)
+
+    Args:
+        hidden: (N, D), or (B, T, D): fp32, fp16, bf16 or float64; any strides.
+        weight: (V, D), same dtype and device. Its gradient is computed only if it requires one.
+        labels: (N,) or (B, T), int64 in [0, V), or ignore_index: such a row yields 0 and gets no gradient.
+        bias: (V,), or None.
+        softcap: positive, or None. logit_scale, temperature: see the formula.
+        outputs: any of "entropy", "is_top1", "mean_logit", "lse".
+        impl: "auto", "chunked" (library products), "cut" (Triton, no logits in memory) or "eager" (plain torch).
+        workspace_bytes: bytes that a block of logits may take; None: `prefkern.planner.default_workspace`. At least
+            one row (in backward one vocabulary entry) is taken at a time, whatever this says.
+    Returns:
+        TokenLogpsOutput: fp32 (float64 for float64 inputs), in nats.
+    Gradient:
+        For g = dL/dlogp, e = dL/dentropy and ignoring the transform,
+        dz = g (onehot - p) - e p (log p + entropy), dhidden = dz @ weight, dweight = dz.T @ hidden, dbias = dz.sum(0);
+        each in its parameter's dtype, accumulated in fp32. Entropy is differentiable, the other outputs are not.
+        Second derivatives raise RuntimeError except with impl="eager".
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; an unknown output or impl; on a CPU, a label outside [0, V).
+            (On a GPU such a label yields NaN: looking would stop the host.)
+        RuntimeError: impl="cut" where Triton cannot run.
+    Source:
+        Online log-sum-exp: Milakov & Gimelshein 2018, arXiv:1805.02867. Matmul without stored logits: Wijmans et al.
+        2024, arXiv:2411.09009. The frozen head's one-pass gradient: derived (see planner.FROZEN).
+    """
+    head, want = Head(softcap, logit_scale, temperature, ignore_index), _check_outputs(outputs)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check(hidden, weight, bias, labels)
+    check_labels(labels, weight.shape[0], ignore_index)
+    shape, hidden, labels = labels.shape, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    grad = torch.is_grad_enabled()
+    chosen = plan(
+        (hidden.shape[0], hidden.shape[1], weight.shape[0]), hidden.dtype, hidden.device,
+        grad_hidden=grad and hidden.requires_grad,
+        grad_head=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        impl=impl, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    if chosen.row.body == "eager":
+        stats = reference.rows_from_hidden(hidden, weight, bias, labels, head, want)
+    else:
+        call = _Call(head, chosen, want, torch_rows.implementation(hidden.device))
+        stats = RowStats(*TokenLogps.apply(hidden, weight, bias, labels, call))
+    return _output(stats, want, shape)
+
+
+def logits_token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    outputs: Collection[str] = (),
+    impl: str = "auto",
+    keep_logits: bool = False,
+) -> TokenLogpsOutput:
+    """`token_logps` from logits that exist already: one read forward, one write backward.
+
+    Args:
+        logits: (N, V) or (B, T, V) raw logits, any floating dtype and strides.
+        labels, softcap, logit_scale, temperature, ignore_index, outputs: as in `token_logps`.
+        impl: "auto" (Triton on a GPU, torch elsewhere), "triton" or "eager".
+        keep_logits: True: backward allocates the gradient. False: backward writes it over the logits, which must not
+            be used again; autograd raises if a later backward needs them. Logits that are a leaf are always kept.
+    Returns:
+        TokenLogpsOutput, fp32, in nats.
+    Raises:
+        ValueError: shapes disagree; an unknown output or impl; on a CPU, a label outside [0, V).
+        RuntimeError: impl="triton" where Triton cannot run.
+    """
+    head, want = Head(softcap, logit_scale, temperature, ignore_index), _check_outputs(outputs)
+    check_logits(logits, labels, ignore_index)
+    shape, logits_NV, labels = labels.shape, logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if impl == "eager":
+        stats = reference.rows_from_logits(logits_NV, labels, head, want)
+    else:
+        call = _Call(head, None, want, logits_rows(impl, logits.device), keep_logits or logits.is_leaf)
+        stats = RowStats(*LogitsTokenLogps.apply(logits_NV, labels, call))
+    return _output(stats, want, shape)
+
+
+class TokenLogps(torch.autograd.Function):
+    """hidden, head -> row statistics, by the chunked or the cut body."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, call: _Call):
+        hidden_, weight_ = hidden.detach(), weight.detach()
+        unit = None
+        if call.plan.row.body == "cut":
+            from prefkern.kernels import lm_head
+
+            stats = lm_head.lm_head_forward(hidden_, weight_, labels, call.head, bias_V=bias, **call.flags)
+        else:
+            frozen_head = call.plan.row.name == "frozen_head"
+            stats, unit = chunked.forward(
+                hidden_, weight_, bias, labels, call.head, call.plan, call.flags, gradient=frozen_head, rows=call.rows
+            )
+        ctx.save_for_backward(hidden, weight, bias, labels, stats.lse, stats.entropy, unit)
+        ctx.call = call
+        _mark(ctx, stats)
+        return tuple(stats)
+
+    @staticmethod
+    def backward(ctx, grad_logps, _lse, grad_entropy, *_):
+        hidden, weight, bias, labels, lse, entropy, unit = ctx.saved_tensors
+        call, needs = ctx.call, tuple(ctx.needs_input_grad[:3])
+        if grad_logps is None and grad_entropy is None:
+            return None, None, None, None, None
+        with torch.no_grad():
+            if unit is not None and grad_entropy is None:
+                grads = (unit * grad_logps[:, None]).to(unit.dtype), None, None
+            else:
+                grads = _head_gradient(call, hidden, weight, bias, labels, lse, entropy, grad_logps, grad_entropy, needs)
+        return *_guarded(grads, (hidden, weight, bias)), None, None
+
+
+def _head_gradient(call, hidden, weight, bias, labels, lse, entropy, grad_logps, grad_entropy, needs):
+    if call.plan.row.body == "cut":
+        from prefkern.kernels import lm_head
+
+        return lm_head.lm_head_backward(
+            hidden, weight, labels, lse, torch.zeros_like(lse) if grad_logps is None else grad_logps, call.head,
+            bias_V=bias, entropy_N=entropy, grad_entropy_N=grad_entropy, needs_hidden=needs[0], needs_weight=needs[1],
+            needs_bias=needs[2], workspace_bytes=call.plan.workspace_bytes,
+        )  # fmt: skip
+    stats = RowStats(lse, lse, entropy)
+    return chunked.backward(
+        hidden, weight, bias, labels, call.head, call.plan, stats, grad_logps, grad_entropy, needs=needs, rows=call.rows
+    )
+
+
+class LogitsTokenLogps(torch.autograd.Function):
+    """Raw logits -> row statistics, by the row kernel or its torch twin."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, call: _Call):
+        stats = call.rows.row_softmax_forward(logits.detach(), labels, call.head, **call.flags)
+        ctx.save_for_backward(logits, labels, stats.lse, stats.entropy)
+        ctx.call = call
+        _mark(ctx, stats)
+        return tuple(stats)
+
+    @staticmethod
+    def backward(ctx, grad_logps, _lse, grad_entropy, *_):
+        logits, labels, lse, entropy = ctx.saved_tensors
+        if grad_logps is None and grad_entropy is None:
+            return None, None, None
+        grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
+        dlogits = logits_gradient(ctx.call, logits, labels, lse, grad_logps, entropy_N=entropy, grad_entropy_N=grad_entropy)
+        return *_guarded((dlogits,), (logits,)), None, None
+
+
+def logits_gradient(call: _Call, logits: Tensor, labels: Tensor, lse: Tensor, grad_logps: Tensor, **options) -> Tensor:
+    """The row kernel's backward, over the logits themselves unless the call keeps them."""
+    with torch.no_grad():
+        raw = logits.detach()
+        out = None if call.keep_logits else raw
+        dlogits = call.rows.row_softmax_backward(raw, labels, lse, grad_logps, call.head, out=out, **options)
+        if out is not None:
+            torch.autograd.graph.increment_version(logits)  # a second backward through these logits now raises
+    return dlogits
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity on a gradient; its own backward says that there is no second derivative."""
+
+    @staticmethod
+    def forward(ctx, grad, *inputs):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("prefkern's kernels have no second derivative; use impl='eager' for it")
+
+
+def _guarded(grads: tuple, inputs: tuple) -> tuple:
+    """The gradients, tied to their inputs under create_graph so that a double backward raises instead of losing terms."""
+    if not torch.is_grad_enabled():
+        return grads
+    return tuple(None if g is None else _FirstOrderOnly.apply(g, *[t for t in inputs if t is not None]) for g in grads)
+
+
+def _mark(ctx, stats: RowStats) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*[s for s in (stats.lse, stats.is_top1, stats.mean_logit) if s is not None])
+
+
+def _output(stats: RowStats, want: tuple[str, ...], shape: torch.Size) -> TokenLogpsOutput:
+    asked = {name: getattr(stats, name).view(shape) for name in OUTPUTS if name in want}
+    return TokenLogpsOutput(stats.logps.view(shape), **asked)
+
+
+def logits_rows(impl: str, device: torch.device) -> ModuleType:
+    """The row functions for logits that exist already."""
+    if impl not in ("auto", "triton"):
+        raise ValueError(f"impl={impl!r} must be one of auto, triton, eager")
+    if impl == "auto":
+        return torch_rows.implementation(device)
+    require_triton(device)
+    from prefkern.kernels import row_softmax
+
+    return row_softmax
+
+
+def _check_outputs(outputs: Collection[str]) -> tuple[str, ...]:
+    outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise ValueError(f"outputs: unknown {name!r}; known are {', '.join(OUTPUTS)}")
+    return outputs
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    if hidden.ndim not in (2, 3) or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} must be (N, D) or (B, T, D) and weight {tuple(weight.shape)} (V, D)")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of hidden less its last axis {tuple(hidden.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be ({weight.shape[0]},)")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; they must be one floating dtype")
+    devices = {t.device for t in (hidden, weight, bias, labels) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"hidden, weight, bias and labels are on different devices: {sorted(map(str, devices))}")
+
+
+def check_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+    """Raise ValueError where logits (..., V) and labels (...) do not fit, or a CPU label is out of range."""
+    if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1] or not logits.is_floating_point():
+        raise ValueError(
+            f"logits {tuple(logits.shape)} {logits.dtype} must be floating (N, V) or (B, T, V), and labels"
+            f" {tuple(labels.shape)} of its shape less the last axis"
+        )
+    check_labels(labels, logits.shape[-1], ignore_index)
+
+
+def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise ValueError on a label outside the vocabulary, for labels on the CPU; integer dtype is always checked."""
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}; they must be int64")
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if wrong.any():
+        raise ValueError(f"label {labels[wrong][0].item()} is outside the vocabulary of {vocab} and is not ignore_index={ignore_index}")
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inside torch.autocast the head runs in autocast's dtype, as F.linear would."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
