@@ -21,7 +21,6 @@ A row of token weight 0, and a group of weight 0, contribute exactly 0 even wher
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -30,7 +29,9 @@ from torch import Tensor
 
 from prefkern.layout import TailIndex
 
-MAX_PARAMS = 4
+MAX_PARAMS = 4  # p0..p3 of a link
+MAX_WARPS = 16
+ELEMENTS_PER_WARP = 128
 
 
 @triton.jit
@@ -201,24 +202,19 @@ def _tail_kernel(
     )  # fmt: skip
 
 
-class TailConfig(NamedTuple):
-    """Tile of a tail program."""
-
-    BLOCK_K: int
-    BLOCK_T: int
-    num_warps: int
-
-
-def tail_config(max_group: int, num_tokens: int, num_segments: int) -> TailConfig:
-    """Tile for groups of up to max_group members; two sizes, so that lengths cause at most one recompile.
+def tail_tile(index: TailIndex, max_warps: int) -> tuple[dict[str, int], int]:
+    """Tile of chain_tail and warps that suit it: the smaller of two sizes where segments are short on average.
 
     One program reads a whole chain: a big tile keeps enough loads in flight. Segments of a few tokens (static(1))
-    mean many small programs instead, where a big tile would be nearly all mask.
+    mean many small programs instead, where a big tile would be nearly all mask. Two sizes only: lengths may cause one
+    recompile, not one a batch. Four elements a thread is what fits in registers without spilling at any BLOCK_K.
     """
-    block_k = triton.next_power_of_2(max_group)
-    if num_tokens <= 16 * num_segments:
-        return TailConfig(block_k, max(16, 64 // block_k), num_warps=max(1, min(4, block_k // 8)))
-    return TailConfig(block_k, max(32, 2048 // block_k), num_warps=8)
+    short = index.chain_of_token_N.shape[0] <= 16 * index.segment_start_S.shape[0]
+    block_k = triton.next_power_of_2(index.max_group)
+    most = max(1, max_warps * ELEMENTS_PER_WARP // block_k)
+    block_t = min(most, max(16, 64 // block_k)) if short else most
+    num_warps = min(max_warps, max(1, block_k * block_t // ELEMENTS_PER_WARP))
+    return dict(BLOCK_K=block_k, BLOCK_T=block_t), num_warps
 
 
 def tail_args(
@@ -290,6 +286,7 @@ def tail(
     (num_tokens,) = logps_N.shape
     num_segments, num_groups = index.segment_start_S.shape[0], index.prompt_of_group_G.shape[0]
     num_chains = index.chain_tokens_C.shape[0]
+    tile, num_warps = tail_tile(index, MAX_WARPS)
     assert index.chain_of_token_N.shape == (num_tokens,), "the layout is of another number of tokens"
     fp32 = dict(dtype=torch.float32, device=logps_N.device)
     value_G, score_S = torch.empty(num_groups, **fp32), torch.empty(num_segments, **fp32)
@@ -306,6 +303,7 @@ def tail(
         u_ptr=torch.empty_like(score_S) if want_grad and index.prefix else None,
         LINK=link,
         **tail_args(index, params, scale_S, margin_G, target_S, weight_G),
-        **tail_config(index.max_group, num_tokens, num_segments)._asdict(),
+        **tile,
+        num_warps=num_warps,
     )
     return value_G, score_S, g_N
