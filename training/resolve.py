@@ -1,0 +1,155 @@
+"""From the plain `loss` and `trainer` sections to a loss object and transformers' TrainingArguments, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefkern import losses
+from prefkern.granularity import Adaptive, Boundaries, Static
+from prefkern.training.config import Config
+from prefkern.training.errors import ConfigError, nearest
+from prefkern.training.schema import check_names, check_value
+
+_GRANULARITIES = {"static": (Static, "k"), "adaptive": (Adaptive, "m"), "boundaries": (Boundaries, None)}
+_OURS = {
+    "output_dir": "run.output",
+    "resume_from_checkpoint": "run.resume",
+    "remove_unused_columns": "nothing: the collator reads all columns",
+    "label_smoothing_factor": "loss.label_smoothing",
+    "use_liger_kernel": "model.head.impl",
+}
+
+
+def resolve_loss(section: Mapping[str, Any]) -> losses.Loss:
+    """The loss that a `loss` section describes: its name and the fields of its dataclass.
+
+    `granularity` is written {static: k}, {adaptive: m}, {adaptive: {m: 4, rule: B}}, "boundaries" (cuts from the
+    dataset's columns) or null.
+
+    Raises:
+        ConfigError: unknown name or option, a value of the wrong type or out of range.
+    """
+    given = dict(section)
+    name = given.pop("name", None)
+    if name is None:
+        raise ConfigError(f"loss.name is missing: choose one of {', '.join(losses.names())}")
+    if name not in losses.names():
+        raise ConfigError(f"unknown loss.name={name!r}: {nearest(str(name), losses.names())}")
+    cls = losses.loss_class(name)
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    check_names(given, [*fields, "name"], "loss")
+    try:
+        if "granularity" in given:
+            given["granularity"] = _granularity(given["granularity"])
+        options = {k: v if k == "granularity" else check_value(f"loss.{k}", v, hints[k]) for k, v in given.items()}
+        return losses.get(name, **options)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"the loss section is wrong: {error}") from error
+
+
+def describe_loss(loss: losses.Loss) -> dict[str, Any]:
+    """The `loss` section that `resolve_loss` turns into this loss, every field spelled out."""
+    section: dict[str, Any] = {"name": loss.name}
+    for f in dataclasses.fields(loss):
+        value = getattr(loss, f.name)
+        section[f.name] = _describe_granularity(value) if f.name == "granularity" else value
+    return section
+
+
+def resolve_trainer(config: Config, arity: str) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments: the `trainer` section, checked, over our defaults.
+
+    Our defaults: learning_rate 1e-6 for preference losses, 2e-5 for nll, ten times that with adapters; logging every
+    10 steps to TensorBoard, never hiding a NaN; evaluation at the end of every epoch where there is data for it.
+
+    Raises:
+        ConfigError: an option that TrainingArguments lacks, one that another section sets, or a wrong type.
+    """
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    check_names(config.trainer, names, "trainer")
+    for name in config.trainer:
+        if name in _OURS:
+            raise ConfigError(f"trainer.{name} is set elsewhere: use {_OURS[name]}")
+    given = {k: check_value(f"trainer.{k}", _yaml_no(v, hints[k]), hints[k]) for k, v in config.trainer.items()}
+    data = config.data
+    has_eval = any(x is not None for x in (data.eval, data.eval_split, data.eval_size))
+    defaults = {
+        "learning_rate": (2e-5 if arity == "single" else 1e-6) * (10 if config.model.lora else 1),
+        "num_train_epochs": 1,
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "report_to": ["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
+        "eval_strategy": "epoch" if has_eval else "no",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if config.model.gradient_checkpointing:
+        name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+        defaults |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return defaults | given
+
+
+def training_arguments(options: Mapping[str, Any], output: str | Path):
+    """TrainingArguments from `resolve_trainer`'s options.
+
+    Raises:
+        ConfigError: transformers refuses a value or a combination.
+    """
+    from transformers import TrainingArguments
+
+    try:
+        return TrainingArguments(output_dir=str(output), remove_unused_columns=False, **options)
+    except (ValueError, ImportError, TypeError) as error:
+        raise ConfigError(f"the trainer section is refused by transformers: {' '.join(str(error).split())}") from error
+
+
+def resolved(config: Config, loss: losses.Loss, trainer_options: Mapping[str, Any]) -> Config:
+    """The configuration with loss and trainer options spelled out, as it is saved with the run."""
+    return dataclasses.replace(config, loss=describe_loss(loss), trainer=dict(trainer_options))
+
+
+def _granularity(given: Any):
+    if given is None or isinstance(given, Static | Adaptive | Boundaries):
+        return given
+    if isinstance(given, str):
+        given = {given: None}
+    how = "write {static: 16}, {adaptive: 256}, boundaries or null"
+    if not isinstance(given, Mapping) or len(given) != 1:
+        raise ConfigError(f"loss.granularity={given!r} should name exactly one way to cut: {how}")
+    [(kind, options)] = given.items()
+    if kind not in _GRANULARITIES:
+        raise ConfigError(f"unknown loss.granularity {kind!r}: {nearest(str(kind), _GRANULARITIES)}")
+    cls, main = _GRANULARITIES[kind]
+    if main is None:
+        return cls()
+    options = dict(options) if isinstance(options, Mapping) else {main: options}
+    check_names(options, [f.name for f in dataclasses.fields(cls)], f"loss.granularity.{kind}")
+    if main not in options:
+        raise ConfigError(f"loss.granularity.{kind}.{main} is missing: {how}")
+    return cls(**options)
+
+
+def _describe_granularity(value) -> Any:
+    for kind, (cls, main) in _GRANULARITIES.items():
+        if isinstance(value, cls):
+            options = dataclasses.asdict(value)
+            return kind if main is None else {kind: options if len(options) > 1 else options[main]}
+    return None
+
+
+def _yaml_no(value: Any, hint: Any) -> Any:
+    """YAML 1.1 reads a bare `no` as false; where text is wanted, it meant the text."""
+    return "no" if value is False and bool not in (hint, *typing.get_args(hint)) else value
