@@ -11,3 +11,21 @@ __version__ = "0.1.0"
 # In a checkout, kernels/ and training/ lie beside this folder rather than inside it.
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
+
+from prefkern import losses  # noqa: E402 - the path above must be set first
+from prefkern.granularity import Adaptive, Boundaries, Static  # noqa: E402
+from prefkern.head import Head  # noqa: E402
+from prefkern.layout import Layout  # noqa: E402
+from prefkern.planner import explain  # noqa: E402
+from prefkern.preference import (  # noqa: E402
+    PreferenceOutput,
+    linear_preference_loss,
+    logits_preference_loss,
+    preference_loss,
+)
+from prefkern.token_logps import TokenLogpsOutput, logits_token_logps, token_logps  # noqa: E402
+
+__all__ = [
+    "Adaptive", "Boundaries", "Head", "Layout", "PreferenceOutput", "Static", "TokenLogpsOutput", "explain",
+    "linear_preference_loss", "logits_preference_loss", "logits_token_logps", "losses", "preference_loss", "token_logps",
+]  # fmt: skip

@@ -34,6 +34,7 @@ class TailIndex(NamedTuple):
     token_order_S: Tensor  # token_order_S[i] is the group-order number of the i-th segment in row order
     row_order_offsets: Tensor  # (S + 1,) rows of the i-th segment in row order
     response_segments: Tensor  # (R + 1,) segments, in row order, of response r
+    parts_of_group_G: Tensor  # number of groups of the same prompt
     max_group: int  # largest K
     prefix: bool
 
@@ -129,7 +130,7 @@ class Layout:
         if rule not in ("A", "B"):
             raise ValueError(f"rule={rule!r} must be 'A' or 'B'")
         part = _parts_a if rule == "A" else _parts_b
-        return self._cut(lambda lengths: [part(n, max(1, min(m, *lengths, m))) for n in lengths], accumulate)
+        return self._cut(lambda lengths: [part(n, max(1, min(m, *lengths))) for n in lengths], accumulate)
 
     def split_at(self, boundaries: Sequence[Sequence[int]], *, accumulate: Accumulate = "segment") -> Layout:
         """Cut every response at given positions, counted in tokens from its start.
@@ -186,6 +187,11 @@ class Layout:
         return len(self.lengths)
 
     @property
+    def segments_per_response(self) -> tuple[int, ...]:
+        """(R,) segments that each response is cut into."""
+        return tuple(len(s) for s in self._segments)
+
+    @property
     def segments_per_prompt(self) -> tuple[int, ...]:
         """(P,) segments that each response of the prompt is cut into."""
         return tuple(len(self._segments[first]) for first in self._prompt_starts)
@@ -238,6 +244,7 @@ class Layout:
                     group_of.append(len(group_offsets) - 1)
                 group_offsets.append(len(start))
                 prompt_of.append(p)
+        parts_of_group = [n for n in self.segments_per_prompt for _ in range(n)]
         groups_of_chain = self.segments_per_prompt if prefix else (1,) * len(prompt_of)
         chain_offsets = _offsets(groups_of_chain)
         chain_of_group = [c for c, n in enumerate(groups_of_chain) for _ in range(n)]
@@ -246,7 +253,7 @@ class Layout:
             chain_of_token[first:last] = [chain_of_group[g]] * (last - first)
             chain_tokens[chain_of_group[g]] += last - first
         host = [start, end, group_offsets, chain_offsets, chain_of_token, chain_tokens, response, group_of,
-                prompt_of, response_offsets, order, row_order_offsets, response_segments]  # fmt: skip
+                prompt_of, response_offsets, order, row_order_offsets, response_segments, parts_of_group]  # fmt: skip
         packed = torch.tensor([x for part in host for x in part], dtype=torch.int64)
         if device.type == "cuda":
             packed = packed.pin_memory()

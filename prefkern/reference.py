@@ -47,14 +47,15 @@ def rows_from_hidden(
     return rows_from_logits(F.linear(hidden_ND, weight_VD, bias_V), labels_N, head, want)
 
 
-def log_ratios(
-    logps_N: Tensor, ref_logps_N: Tensor | None, token_weights_N: Tensor | None, mask_N: Tensor | None
-) -> Tensor:
-    """d_n = token_weight_n * (logp_n - ref_logp_n), exactly 0 where the weight is 0 or the mask is False."""
-    d = logps_N if ref_logps_N is None else logps_N - ref_logps_N
-    if token_weights_N is not None:
-        d = torch.where(token_weights_N == 0, 0.0, d * token_weights_N)
-    return d if mask_N is None else torch.where(mask_N, d, 0.0)
+def log_ratios(logps_N: Tensor, ref_logps_N: Tensor | None, token_weights_N: Tensor | None) -> Tensor:
+    """d_n = token_weight_n * (logp_n - ref_logp_n), exactly 0, also in gradient, where the weight is 0."""
+    if token_weights_N is None:
+        return logps_N if ref_logps_N is None else logps_N - ref_logps_N
+    counted = token_weights_N != 0
+    d = torch.where(counted, logps_N, 0.0)  # before the product: 0 times an infinite log-ratio is NaN, in backward too
+    if ref_logps_N is not None:
+        d = d - torch.where(counted, ref_logps_N, 0.0)
+    return d * token_weights_N
 
 
 def span_sums(values_N: Tensor, offsets: Tensor) -> Tensor:

@@ -37,14 +37,27 @@ class _Call:
     """Everything of one call that is not a tensor."""
 
     head: Head
-    plan: Plan | None
     want: tuple[str, ...]
-    rows: ModuleType | None
-    keep_logits: bool = True
+    rows: ModuleType  # row_softmax_forward and row_softmax_backward
 
     @property
     def flags(self) -> dict[str, bool]:
+        """The wanted outputs as keyword arguments of the row functions."""
         return {flag: name in self.want for name, flag in _WANT.items()}
+
+
+@dataclass(frozen=True)
+class HiddenCall(_Call):
+    """A call that starts from hidden states."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class LogitsCall(_Call):
+    """A call that starts from logits."""
+
+    keep_logits: bool  # False: backward may write over them
 
 
 def token_logps(
@@ -90,7 +103,7 @@ def token_logps(
         Online log-sum-exp: Milakov & Gimelshein 2018, arXiv:1805.02867. Matmul without stored logits: Wijmans et al.
         2024, arXiv:2411.09009. The frozen head's one-pass gradient: derived (see planner.FROZEN).
     """
-    head, want = Head(softcap, logit_scale, temperature, ignore_index), _check_outputs(outputs)
+    head, want = Head(softcap, logit_scale, temperature, ignore_index), check_outputs(outputs)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check(hidden, weight, bias, labels)
     check_labels(labels, weight.shape[0], ignore_index)
@@ -105,7 +118,7 @@ def token_logps(
     if chosen.row.body == "eager":
         stats = reference.rows_from_hidden(hidden, weight, bias, labels, head, want)
     else:
-        call = _Call(head, chosen, want, torch_rows.implementation(hidden.device))
+        call = HiddenCall(head, want, torch_rows.implementation(hidden.device), chosen)
         stats = RowStats(*TokenLogps.apply(hidden, weight, bias, labels, call))
     return _output(stats, want, shape)
 
@@ -135,13 +148,13 @@ def logits_token_logps(
         ValueError: shapes disagree; an unknown output or impl; on a CPU, a label outside [0, V).
         RuntimeError: impl="triton" where Triton cannot run.
     """
-    head, want = Head(softcap, logit_scale, temperature, ignore_index), _check_outputs(outputs)
+    head, want = Head(softcap, logit_scale, temperature, ignore_index), check_outputs(outputs)
     check_logits(logits, labels, ignore_index)
     shape, logits_NV, labels = labels.shape, logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if impl == "eager":
         stats = reference.rows_from_logits(logits_NV, labels, head, want)
     else:
-        call = _Call(head, None, want, logits_rows(impl, logits.device), keep_logits or logits.is_leaf)
+        call = LogitsCall(head, want, logits_rows(impl, logits.device), keep_logits or logits.is_leaf)
         stats = RowStats(*LogitsTokenLogps.apply(logits_NV, labels, call))
     return _output(stats, want, shape)
 
@@ -150,7 +163,7 @@ class TokenLogps(torch.autograd.Function):
     """hidden, head -> row statistics, by the chunked or the cut body."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, call: _Call):
+    def forward(ctx, hidden, weight, bias, labels, call: HiddenCall):
         hidden_, weight_ = hidden.detach(), weight.detach()
         unit = None
         if call.plan.row.body == "cut":
@@ -178,7 +191,7 @@ class TokenLogps(torch.autograd.Function):
                 grads = (unit * grad_logps[:, None]).to(unit.dtype), None, None
             else:
                 grads = _head_gradient(call, hidden, weight, bias, labels, lse, entropy, grad_logps, grad_entropy, needs)
-        return *_guarded(grads, (hidden, weight, bias)), None, None
+        return *first_order_only(grads, (hidden, weight, bias)), None, None
 
 
 def _head_gradient(call, hidden, weight, bias, labels, lse, entropy, grad_logps, grad_entropy, needs):
@@ -200,7 +213,7 @@ class LogitsTokenLogps(torch.autograd.Function):
     """Raw logits -> row statistics, by the row kernel or its torch twin."""
 
     @staticmethod
-    def forward(ctx, logits, labels, call: _Call):
+    def forward(ctx, logits, labels, call: LogitsCall):
         stats = call.rows.row_softmax_forward(logits.detach(), labels, call.head, **call.flags)
         ctx.save_for_backward(logits, labels, stats.lse, stats.entropy)
         ctx.call = call
@@ -214,10 +227,10 @@ class LogitsTokenLogps(torch.autograd.Function):
             return None, None, None
         grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
         dlogits = logits_gradient(ctx.call, logits, labels, lse, grad_logps, entropy_N=entropy, grad_entropy_N=grad_entropy)
-        return *_guarded((dlogits,), (logits,)), None, None
+        return *first_order_only((dlogits,), (logits,)), None, None
 
 
-def logits_gradient(call: _Call, logits: Tensor, labels: Tensor, lse: Tensor, grad_logps: Tensor, **options) -> Tensor:
+def logits_gradient(call: LogitsCall, logits: Tensor, labels: Tensor, lse: Tensor, grad_logps: Tensor, **options) -> Tensor:
     """The row kernel's backward, over the logits themselves unless the call keeps them."""
     with torch.no_grad():
         raw = logits.detach()
@@ -240,7 +253,7 @@ class _FirstOrderOnly(torch.autograd.Function):
         raise RuntimeError("prefkern's kernels have no second derivative; use impl='eager' for it")
 
 
-def _guarded(grads: tuple, inputs: tuple) -> tuple:
+def first_order_only(grads: tuple, inputs: tuple) -> tuple:
     """The gradients, tied to their inputs under create_graph so that a double backward raises instead of losing terms."""
     if not torch.is_grad_enabled():
         return grads
@@ -269,7 +282,8 @@ def logits_rows(impl: str, device: torch.device) -> ModuleType:
     return row_softmax
 
 
-def _check_outputs(outputs: Collection[str]) -> tuple[str, ...]:
+def check_outputs(outputs: Collection[str]) -> tuple[str, ...]:
+    """The names as a tuple; ValueError on an unknown one."""
     outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     for name in outputs:
         if name not in OUTPUTS:

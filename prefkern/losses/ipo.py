@@ -1,0 +1,46 @@
+"""Identity preference optimization: a squared loss towards a finite gap."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from prefkern.layout import Layout
+from prefkern.losses.base import PairLoss, choice, ranged, register
+
+
+@register("ipo")
+@dataclass(frozen=True, kw_only=True)
+class IPO(PairLoss):
+    """The log-ratio gap is pulled to 1 / (2 beta) and no further.
+
+        L = ( a_w - a_l - 1/(2 beta) )^2,    mean over pairs
+        a = sum_t d_t                (normalize="sum")
+        a = sum_t d_t / |y|          (normalize="mean")
+
+    Fields:
+        beta: the smaller, the wider the gap aimed at, 1/(2 beta) nats ("mean": nats a token).
+        normalize: "mean" as TRL does, "sum" as the paper and the reference implementation of DPO do.
+    Source:
+        Azar et al. 2023, arXiv:2310.12036, eq. 17 (its tau is beta here); the per-token mean as in TRL's code.
+    """
+
+    link: ClassVar[str] = "squared"
+    needs_reference: ClassVar[bool] = True
+    formula: ClassVar[str] = "(a_w/n_w - a_l/n_l - 1/(2 beta))^2"
+    source: ClassVar[str] = "Azar et al. 2023, arXiv:2310.12036, eq. 17"
+
+    beta: float = ranged(0.1, 0, 100, "0.01 to 1 in practice", open_low=True)
+    normalize: str = choice("mean", "mean", "sum")
+
+    def scale(self, count_R: Tensor) -> Tensor | None:
+        return 1 / count_R.clamp(min=1) if self.normalize == "mean" else None
+
+    def margin(self, score_S: Tensor | None, layout: Layout) -> float:
+        return 1 / (2 * self.beta)
+
+    def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+        return (score_GK[:, 0] - score_GK[:, 1] - margin) ** 2
+
+    def link_params(self) -> tuple[float, ...]:
+        return ()
