@@ -1,0 +1,53 @@
+# Each target sets up what it needs (a virtual environment in .venv, pinned by constraints.txt) and does its job:
+#
+#   make test       the tests, but the slow ones (all of them where CI is set)
+#   make test-all   the slow ones too
+#   make demo       train a small model on preferences and report what it gained
+#   make bench      time and memory against plain torch, as one table
+#   make clean      remove the environment and everything built (never runs/)
+#
+# Variables: PYTHON (an interpreter, 3.10 or newer), VENV (.venv), ARGS (handed on to the command of the target).
+
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10 python
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: test test-all demo bench clean
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(if $(CI),,-m "not slow") $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/prefkern demo $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .benchmarks bench/results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A Python without ensurepip (Debian splits it off) makes an environment without pip; its own pip then fills it.
+# The build tools are pinned like the rest, so the project is built with those and not in an isolated environment.
+$(STAMP): constraints.txt pyproject.toml setup.py
+	@python=; for p in $(or $(PYTHON),$(CANDIDATES)); do \
+		if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$p; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "No Python >= 3.10 found (tried: $(or $(PYTHON),$(CANDIDATES))). Install one, or name it: make PYTHON=/path/to/python3" >&2; \
+		exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/python ]; then \
+		echo "Setting up $(VENV) with $$($$python --version); the first time downloads torch, which takes some minutes."; \
+		$$python -m venv $(VENV) >/dev/null 2>&1 || { \
+			$$python -m venv --clear --without-pip $(VENV) && $$python -m pip --python $(BIN)/python install pip; }; \
+	fi
+	$(PIP) install --quiet --constraint constraints.txt setuptools
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[test,bench]"
+	@touch $(STAMP)

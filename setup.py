@@ -1,0 +1,59 @@
+"""Build of prefkern: one package whose parts lie in three folders of the checkout."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "prefkern" / "__init__.py").read_text(), re.MULTILINE)[1]
+
+setup(
+    name="prefkern",
+    version=VERSION,
+    description="Preference losses for language models without ever building the logits",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["preference optimization", "DPO", "RLHF", "Triton", "language models", "fused loss"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    # A top-level folder named `kernels` with an __init__.py would shadow the package of that name which
+    # transformers imports; so the folders are plain and get their place under prefkern here.
+    packages=["prefkern", "prefkern.losses", "prefkern.kernels", "prefkern.training"],
+    package_dir={"prefkern": "prefkern", "prefkern.kernels": "kernels", "prefkern.training": "training"},
+    package_data={"prefkern": ["py.typed"]},
+    # Ranges are wide: the newest versions known to work together are in constraints.txt.
+    install_requires=[
+        "accelerate>=1.1",
+        "datasets>=3",
+        "matplotlib>=3.7",
+        "peft>=0.17",
+        "pyyaml>=6",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.14",
+        "tokenizers>=0.21",
+        "torch>=2.8",
+        "transformers>=5",
+        "triton>=3.4; platform_system == 'Linux'",  # elsewhere the eager and chunked bodies do the work
+    ],
+    extras_require={
+        "test": ["kernels", "pytest>=8.1"],  # `kernels` is Hugging Face's: its name is that of our folder
+        "bench": ["pytest>=8.1", "pytest-benchmark>=4"],
+    },
+    entry_points={"console_scripts": ["prefkern = prefkern.training.cli:main"]},
+)
