@@ -60,9 +60,15 @@ class HeadConfig:
         temperature: divides the logits in training, reference and evaluation alike.
     """
 
-    impl: str = "auto"
+    impl: Literal["auto", "chunked", "cut", "eager"] = "auto"
     workspace_bytes: int | None = None
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.workspace_bytes is not None and self.workspace_bytes < 1:
+            raise ConfigError(f"model.head.workspace_bytes={self.workspace_bytes} should be at least 1, or null")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"model.head.temperature={self.temperature} should be positive and finite")
 
 
 @dataclass(frozen=True)

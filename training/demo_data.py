@@ -34,7 +34,7 @@ SPLIT_NUMBERS: dict[str, tuple[int, ...]] = {
     "validation": _VALIDATION,
     "test": _TEST,
 }
-LARGEST = 999  # no result is larger, none is below 1
+LARGEST = 199  # no result is larger, none is below 1
 NAMES = ("Mia", "Tom", "Ada", "Ben", "Eva", "Sam")
 
 Operand = str | int  # the name of a given number, or the index of an earlier step whose result is meant
@@ -55,14 +55,14 @@ class Family:
     """A kind of story.
 
     Fields:
-        wordings: formats with the given numbers by name, {name} and {thing}.
+        wording: a format with the given numbers by name, {name} and {thing}.
         things: what the story may be about.
         steps: in order; the result of the last is the answer.
         largest: the largest value of each given number; up to 9 means one digit (from 2), else two digits.
         pitfall: slip kind and step index of the mistake that solutions of this family typically make.
     """
 
-    wordings: tuple[str, ...]
+    wording: str
     things: tuple[str, ...]
     steps: tuple[Step, ...]
     largest: dict[str, int]
@@ -71,54 +71,48 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "shopping": Family(
-        ("{name} buys {k} {thing} at {p} dollars each and a bag for {q} dollars. What does {name} pay?",
-         "{k} {thing} cost {p} dollars each. {name} takes them and a bag for {q} dollars. What does {name} pay?"),
+        "{name} buys {k} {thing} at {p} dollars each and a bag for {q} dollars. What does {name} pay?",
         ("pens", "books", "caps"),
         (Step("{thing}", "k", "*", "p"), Step("all", 0, "+", "q")),
-        {"k": 9, "p": 69, "q": 99},
-        ("carry", 0),
+        {"k": 9, "p": 9, "q": 99},
+        ("carry", 1),
     ),
     "travel": Family(
-        ("{name} {thing} {a} km east, then {b} km more, then {c} km back west. How far from home is {name}?",
-         "{name} {thing} {a} km and {b} km away from home and comes {c} km back. How far from home is {name}?"),
+        "{name} {thing} {a} km east, then {b} km more, then {c} km back. How far from home is {name}?",
         ("walks", "rides", "drives"),
         (Step("out", "a", "+", "b"), Step("back", 0, "-", "c")),
         {"a": 99, "b": 99, "c": 99},
         ("operation", 1),
     ),
     "sharing": Family(
-        ("{name} has {a} {thing}, gives {k} friends {j} each and then finds {b} more. How many has {name} now?",
-         "{k} friends get {j} {thing} each from {name}, who had {a} and later gets {b} more. How many has {name} now?"),
+        "{name} has {a} {thing}, gives {k} friends {j} each and then finds {b} more. How many has {name} now?",
         ("nuts", "cards", "shells"),
         (Step("given", "k", "*", "j"), Step("left", "a", "-", 0), Step("now", 1, "+", "b")),
         {"a": 99, "k": 9, "j": 9, "b": 99},
         ("off_by_one", 0),
     ),
     "work": Family(
-        ("One machine makes {a} {thing} an hour, another makes {b}. How many do both make in {k} hours?",
-         "Two machines make {a} and {b} {thing} an hour. How many do both make in {k} hours?"),
-        ("nails", "bolts", "cups"),
-        (Step("hour", "a", "+", "b"), Step("hours", "k", "*", 0)),
-        {"a": 69, "b": 69, "k": 9},
-        ("carry", 0),
+        "{name} makes {r} {thing} an hour for {k} hours. Another {m} come from Max, {f} are faulty. How many are good?",
+        ("bolts", "cups", "bowls"),
+        (Step("made", "k", "*", "r"), Step("all", 0, "+", "m"), Step("good", 1, "-", "f")),
+        {"r": 9, "k": 9, "m": 99, "f": 99},
+        ("carry", 2),
     ),
     "savings": Family(
-        ("{name} has {a} dollars, saves {s} dollars a {thing} for {k} {thing}s and spends {c} dollars. What is left?",
-         "For {k} {thing}s {name} adds {s} dollars a {thing} to {a} dollars, then spends {c} dollars. What is left?"),
+        "{name} has {a} dollars, saves {s} dollars a {thing} for {k} {thing}s and spends {c} dollars. What is left?",
         ("day", "week", "month"),
         (Step("saved", "k", "*", "s"), Step("has", 0, "+", "a"), Step("left", 1, "-", "c")),
-        {"a": 99, "s": 49, "k": 9, "c": 99},
+        {"a": 99, "s": 9, "k": 9, "c": 99},
         ("swapped", 2),
     ),
     "harvest": Family(
-        ("{k} {thing} bear {n} apples each. Of all apples {x} are bad. How many are good?",
-         "{name} picks {n} apples from each of {k} {thing}. Of all apples {x} are bad. How many are good?"),
+        "{name} picks {n} apples from each of {k} {thing}, {x} are bad. How many are good?",
         ("trees", "rows", "farms"),
         (Step("apples", "k", "*", "n"), Step("good", 0, "-", "x")),
-        {"k": 9, "n": 69, "x": 99},
-        ("misread", 0),
+        {"k": 9, "n": 9, "x": 99},
+        ("misread", 1),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -291,7 +285,7 @@ def _draw(name: str, numbers: Sequence[int], rng: random.Random, pitfall_share: 
     }
     words = {"name": rng.choice(NAMES), "thing": rng.choice(family.things)}
     labels = tuple(step.label.format(**words) for step in family.steps)
-    problem = Problem(name, rng.choice(family.wordings).format(**given, **words), given, labels)
+    problem = Problem(name, family.wording.format(**given, **words), given, labels)
     chosen = problem.solve()
     others = [(kind, i) for kind in SLIPS for i in range(len(family.steps)) if (kind, i) != family.pitfall]
     rng.shuffle(others)

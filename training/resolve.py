@@ -94,7 +94,6 @@ def resolve_trainer(config: Config, arity: str) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "report_to": ["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         "eval_strategy": "epoch" if has_eval else "no",
-        "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if config.model.gradient_checkpointing:
         name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -110,6 +109,7 @@ def training_arguments(options: Mapping[str, Any], output: str | Path):
     """
     from transformers import TrainingArguments
 
+    options = {"dataloader_pin_memory": torch.cuda.is_available(), **options}
     try:
         return TrainingArguments(output_dir=str(output), remove_unused_columns=False, **options)
     except (ValueError, ImportError, TypeError) as error:

@@ -1,0 +1,57 @@
+"""Tokenised rows to one packed batch: no padding, and only the rows that predict response tokens go to the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prefkern.layout import Layout
+from prefkern.training.data import RESPONSES
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Packs prompt and response of every response one after another, in prefkern's order: chosen 0, rejected 0, ...
+
+    Fields:
+        arity: "pair" or "single", as the loss has it.
+
+    A batch holds, all on the host,
+        input_ids, position_ids: (1, T) int64; positions restart at 0 with every sequence, which tells transformers
+            where one ends, so there is no attention mask. The last token of a response predicts nothing and is left out.
+        response_rows: (N,) int64, the rows of the T whose hidden state predicts a response token.
+        labels: (N,) int64, those tokens.
+        layout: the Layout of the N rows; moved to a device once, by the loss.
+        ref_logps: (N,) fp32, if the rows hold precomputed reference log-probabilities.
+    """
+
+    arity: str = "pair"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        responses = RESPONSES[self.arity]
+        ids, positions, kept, labels, lengths, reference = [], [], [], [], [], []
+        for row in rows:
+            prompt = list(row["prompt_ids"])
+            for name in responses:
+                response = list(row[f"{name}_ids"])
+                start = len(ids) + len(prompt) - 1  # the last prompt row predicts the first response token
+                kept.extend(range(start, start + len(response)))
+                ids += prompt + response[:-1]
+                positions.extend(range(len(prompt) + len(response) - 1))
+                labels += response
+                lengths.append(len(response))
+                if f"ref_{name}_logps" in row:
+                    reference += row[f"ref_{name}_logps"]
+        batch = {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "response_rows": torch.tensor(kept),
+            "labels": torch.tensor(labels),
+            "layout": Layout.groups(lengths, [len(responses)] * len(rows)),
+        }
+        if reference:
+            batch["ref_logps"] = torch.tensor(reference, dtype=torch.float32)
+        return batch

@@ -1,0 +1,236 @@
+"""Any causal language model, run on packed sequences, with only the response rows entering its head.
+
+`pack_forward` gives a model's `forward` two more keywords. Called with `response_rows`, it runs the decoder, keeps
+those rows and hands them with the head's weight and bias to `tail`, all inside the module's own forward: hooks of DDP,
+FSDP, autocast and peft fire as in any other forward. Called without, it is what it was; saving and generating are
+untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefkern.training.config import LoraConfig, ModelConfig
+from prefkern.training.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+Tail = Callable[[Tensor, Tensor, Tensor | None], Any]
+
+
+def load_tokenizer(config: ModelConfig):
+    """The tokenizer of a configuration, with `eos_token` set if the configuration names one.
+
+    Raises:
+        ModelError: it cannot be loaded, or the named token is not in its vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer or config.name
+    key = "model.tokenizer" if config.tokenizer else "model.name"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=None if config.tokenizer else config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # transformers raises many kinds for an unreadable folder or an unknown name
+        raise ModelError(f"no tokenizer can be loaded from {key}={name!r}: {_first_line(error)}") from error
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise ModelError(f"model.eos_token={config.eos_token!r} is not a token of {name!r}: choose one that is")
+        tokenizer.eos_token = config.eos_token
+    return tokenizer
+
+
+def load_model_config(config: ModelConfig):
+    """The model's own configuration, which names its vocabulary and context before any weight is read.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:
+        raise ModelError(f"no model can be loaded from model.name={config.name!r}: {_first_line(error)}") from error
+
+
+def load_model(config: ModelConfig) -> nn.Module:
+    """The policy of a configuration: weights, adapters, packed forward, checked by `check_model`.
+
+    Raises:
+        ModelError: it cannot be loaded or adapted, or cannot be trained packed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            **options,
+        )
+    except Exception as error:
+        raise ModelError(f"no model can be loaded from model.name={config.name!r}: {_first_line(error)}") from error
+    pack_forward(model)
+    check_model(model)
+    return add_adapters(model, config.lora, config.gradient_checkpointing) if config.lora else model
+
+
+def add_adapters(model: nn.Module, lora: LoraConfig, gradient_checkpointing: bool = False) -> nn.Module:
+    """The model wrapped by peft with low-rank adapters, everything else frozen.
+
+    Raises:
+        ModelError: peft finds no such module, or the output head would be adapted.
+    """
+    import peft
+
+    options = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+    try:
+        wrapped = peft.get_peft_model(model, options)
+    except ValueError as error:
+        raise ModelError(f"model.lora is refused by peft: {_first_line(error)}") from error
+    output_head(model)
+    if gradient_checkpointing:
+        model.enable_input_require_grads()
+    return wrapped
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model beneath peft's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The module that makes logits of hidden states: a plain, unsharded (V, D) weight and perhaps a bias.
+
+    Raises:
+        ModelError: there is none, or it is quantised, adapted, or split across processes.
+    """
+    head = base_model(model).get_output_embeddings()
+    kind = type(base_model(model)).__name__
+    if head is None or not hasattr(head, "weight"):
+        raise ModelError(f"{kind} has no output head with a weight: use a causal language model")
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise ModelError("the output head is adapted, which is not supported yet: leave it out of model.lora.target_modules")
+    if not head.weight.is_floating_point():
+        raise ModelError(f"the output head of {kind} is quantised: load the model with an unquantised head")
+    if hasattr(head.weight, "ds_id"):
+        raise ModelError("ZeRO-3 splits the output head, which is not supported yet: use FSDP or ZeRO-2")
+    return head
+
+
+def head_options(model: nn.Module) -> dict[str, float | None]:
+    """`softcap` and `logit_scale` of the model's head, as `prefkern.token_logps` takes them."""
+    config = base_model(model).config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # so does Falcon-H1
+    return {"softcap": softcap, "logit_scale": scale / (getattr(config, "logits_scaling", None) or 1.0)}  # Granite divides
+
+
+def pack_forward(model: nn.Module) -> nn.Module:
+    """Give the model's forward the keywords `response_rows` and `tail`; see this module's docstring.
+
+    Args:
+        model: a transformers causal language model, or peft's wrapper of one. Changed in place and returned.
+    """
+    base = base_model(model)
+    base.forward = types.MethodType(_packed_forward, base)  # a bound method follows its module through deepcopy
+    return model
+
+
+def _packed_forward(self, *args, response_rows: Tensor | None = None, tail: Tail | None = None, **kwargs):
+    if response_rows is None:
+        return type(self).forward(self, *args, **kwargs)
+    run = _decode_padded if getattr(self, "pads_sequences", False) else _decode
+    hidden = run(self.get_decoder(), kwargs["input_ids"], kwargs["position_ids"])
+    head = self.get_output_embeddings()
+    return tail(hidden.index_select(0, response_rows), head.weight, getattr(head, "bias", None))
+
+
+def _decode(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state[0]
+
+
+def _decode_padded(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """The same (T, D) rows by way of a padded (R, longest) batch; reads the lengths back to the host."""
+    lengths = torch.diff((position_ids[0] == 0).nonzero()[:, 0].cpu(), append=torch.tensor([position_ids.shape[1]]))
+    rows = nn.utils.rnn.pad_sequence(input_ids[0].split(lengths.tolist()), batch_first=True)
+    mask = (torch.arange(rows.shape[1]) < lengths[:, None]).to(rows.device)
+    hidden = decoder(input_ids=rows, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    return hidden[mask]
+
+
+@torch.no_grad()
+def check_model(model: nn.Module) -> None:
+    """Compare packed with one-by-one forward on two made-up sequences of a few tokens.
+
+    Catches at the start of a run what would silently train on wrong numbers: attention or state that leaks from one
+    packed sequence into the next (such a model is run on padded batches instead, and a warning says so), position
+    ids that are ignored, and a head that does more than `head_options` says.
+
+    Raises:
+        ModelError: packed and one-by-one disagree.
+    """
+    base = base_model(model)
+    weight = output_head(model).weight
+    exact = weight.dtype in (torch.float32, torch.float64)
+    training = base.training
+    base.eval()
+    try:
+        leak, gap = _packing_errors(base, weight)
+        if not leak <= (1e-4 if exact else 2e-2):
+            base.pads_sequences = True
+            logger.warning("%s lets packed sequences see each other: they are padded instead", type(base).__name__)
+            leak, gap = _packing_errors(base, weight)
+    finally:
+        base.train(training)
+    if not gap <= (1e-3 if exact else 1e-1):
+        raise ModelError(
+            f"{type(base).__name__} computes other logits than its decoder and output head give "
+            f"(relative difference {gap:.1e}): it cannot be trained by prefkern yet"
+        )
+
+
+def _packing_errors(base: nn.Module, weight: Tensor) -> tuple[float, float]:
+    """How much a sequence changes with its neighbour, and packed logits differ from one-by-one ones, relatively."""
+    device, vocab, options = weight.device, weight.shape[0], head_options(base)
+    first, second = torch.arange(6, device=device) * 7919 % vocab, torch.arange(1, 6, device=device) * 5003 % vocab
+
+    def packed(*sequences: Tensor) -> Tensor:
+        ids = torch.cat(sequences)[None]
+        positions = torch.cat([torch.arange(len(s), device=device) for s in sequences])[None]
+        rows = torch.arange(ids.shape[1], device=device)
+        return base(input_ids=ids, position_ids=positions, response_rows=rows, tail=lambda h, w, b: _logits(h, w, b, **options))
+
+    together, other = packed(first, second), packed(first.flip(0), second)
+    alone = torch.cat([base(input_ids=s[None], use_cache=False).logits[0].float() for s in (first, second)])
+    scale = alone.abs().max().clamp(min=1e-6)
+    leak = (together - other)[len(first) :].abs().max() / scale
+    return leak.item(), ((together - alone).abs().max() / scale).item()
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
+    z = logit_scale * nn.functional.linear(hidden, weight, bias).float()
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

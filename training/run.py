@@ -1,0 +1,201 @@
+"""One run from a configuration to a folder with its model, metrics and curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import transformers
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from prefkern.losses import Loss
+from prefkern.training.callbacks import JsonlMetrics, ProgressBar, read_metrics
+from prefkern.training.config import Config
+from prefkern.training.data import prepare_dataset
+from prefkern.training.errors import ConfigError, ModelError
+from prefkern.training.model import load_model, load_model_config, load_tokenizer
+from prefkern.training.plots import draw_curves
+from prefkern.training.reference import add_reference_logps, resolve_reference
+from prefkern.training.resolve import resolve_loss, resolve_trainer, resolved, training_arguments
+from prefkern.training.sources import load_splits
+from prefkern.training.trainer import PreferenceTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run's results lie.
+
+    The folder holds config.yaml (resolved, can be trained from again), metrics.jsonl, tensorboard/, checkpoint-*/,
+    model/ (safetensors and tokenizer) and curves.png.
+    """
+
+    output: Path
+    metrics: dict[str, float]  # the last value of every logged metric
+    history: list[dict]  # every logged line, each with its step
+
+    @property
+    def model(self) -> Path:
+        """Folder of the final model and its tokenizer, for `from_pretrained`."""
+        return self.output / "model"
+
+    @property
+    def curves(self) -> Path:
+        """Picture of the training curves."""
+        return self.output / "curves.png"
+
+
+def run_training(config: Config) -> RunResult:
+    """Train as a configuration says. Nothing is written to the run folder before all of it has been checked.
+
+    Raises:
+        UserError: configuration, data or model are at fault; the message says what to mend.
+    """
+    loss = resolve_loss(config.loss)
+    reference = resolve_reference(config.reference.mode, loss)
+    options = resolve_trainer(config, loss.arity)
+    args = training_arguments(options, config.run.output)
+    output = Path(config.run.output)
+    checkpoint = _start(output, config.run.resume)
+    transformers.set_seed(args.seed)  # before adapters are initialised
+
+    tokenizer = load_tokenizer(config.model)
+    train, evaluation = _prepare(config, loss, tokenizer, args)
+    model = load_model(config.model)
+    if reference == "precomputed":
+        train, evaluation = _precompute(config, loss, model, args, train, evaluation)
+    trainer = PreferenceTrainer(
+        model,
+        args,
+        loss=loss,
+        reference=reference,
+        head=config.model.head,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+    )
+    _report_to(trainer, output)
+    if trainer.is_world_process_zero():
+        (output / "config.yaml").write_text(resolved(config, loss, options).to_yaml(), encoding="utf-8")
+
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if evaluation is not None and not _evaluated(trainer):
+        trainer.evaluate()
+    _save_model(trainer, output / "model")
+    history = read_metrics(output / "metrics.jsonl")
+    if trainer.is_world_process_zero():
+        draw_curves(history, output / "curves.png", title=f"{output.name}: {loss.name}")
+    last = {name: value for line in history for name, value in line.items()}
+    return RunResult(output, last, history)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end.
+
+    Trainer writes `trainer_state.json` last, so a checkpoint cut short by a kill has none that can be read.
+    """
+    for path in sorted(output.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        return path
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _start(output: Path, resume: bool) -> Path | None:
+    """The checkpoint to start from, if any; a run that is there already is not overwritten."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"run.output={str(output)!r} is a file: choose another folder")
+    if resume:
+        return last_checkpoint(output)
+    if (output / "config.yaml").exists() or any(output.glob("checkpoint-*")):
+        raise ConfigError(
+            f"run.output={str(output)!r} already holds a run: set run.resume=true to continue it, or choose another folder"
+        )
+    return None
+
+
+def _prepare(
+    config: Config, loss: Loss, tokenizer, args: TrainingArguments
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    text_config = load_model_config(config.model).get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None)
+    if config.data.max_length and context and config.data.max_length > context:
+        raise ModelError(
+            f"data.max_length={config.data.max_length} is more than the {context} tokens that {config.model.name!r} can read: "
+            "lower it"
+        )
+    with args.main_process_first(desc="tokenising"):
+        train, evaluation = load_splits(config.data)
+        return tuple(
+            rows
+            and prepare_dataset(
+                rows,
+                tokenizer,
+                config.data,
+                arity=loss.arity,
+                vocab_size=getattr(text_config, "vocab_size", None),
+                context_length=context,
+                name=name,
+            )
+            for rows, name in ((train, "data.train"), (evaluation, "data.eval"))
+        )
+
+
+def _precompute(config: Config, loss: Loss, model: nn.Module, args: TrainingArguments, *splits):
+    model.to(args.device)
+    with args.main_process_first(desc="reference log-probabilities"):
+        return [
+            rows
+            and add_reference_logps(
+                rows,
+                model,
+                arity=loss.arity,
+                head=config.model.head,
+                batch_size=config.reference.batch_size or args.per_device_eval_batch_size,
+                name=name,
+            )
+            for rows, name in zip(splits, ("data.train", "data.eval"))
+        ]
+
+
+def _report_to(trainer: PreferenceTrainer, output: Path) -> None:
+    """Our metrics file and progress bar; TensorBoard into the run folder under a name that does not change."""
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "TensorBoardCallback":
+            callback.logging_dir = str(output / "tensorboard")
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ProgressBar())
+    trainer.add_callback(JsonlMetrics(output / "metrics.jsonl"))
+
+
+def _evaluated(trainer: PreferenceTrainer) -> bool:
+    """Whether the last step has been evaluated."""
+    return any("eval_loss" in line and line["step"] == trainer.state.global_step for line in trainer.state.log_history)
+
+
+def _save_model(trainer: PreferenceTrainer, folder: Path) -> None:
+    """Save the final model beside its place and move it there, so that it is whole or absent."""
+    trainer.model.config.use_cache = True  # Trainer switched it off, and generating wants it
+    partial = folder.with_name(folder.name + ".partial")
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (partial / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    trainer.accelerator.wait_for_everyone()

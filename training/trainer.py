@@ -1,0 +1,155 @@
+"""A thin Trainer: packed batches, the head on response rows only, the loss over the whole accumulated batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from prefkern.losses import Loss
+from prefkern.preference import PreferenceOutput, linear_preference_loss
+from prefkern.training.collator import PackedCollator
+from prefkern.training.config import HeadConfig, ReferenceMode
+from prefkern.training.metrics import MetricWindow
+from prefkern.training.model import pack_forward
+from prefkern.training.reference import frozen_copy, head_arguments, reference_logps, resolve_reference
+
+
+class PreferenceTrainer(Trainer):
+    """Trains a causal language model on packed preference pairs, or on single responses with `nll`.
+
+    The loss of a step is the sum over all prompts (for nll: response tokens) of all accumulated micro-batches of all
+    processes, divided by their number: how a batch is split changes nothing.
+
+    Args:
+        model: a transformers causal language model, or peft's wrapper of one. Its `forward` is given two keywords.
+        args: TrainingArguments; `remove_unused_columns` is ignored.
+        loss: a loss of `prefkern.losses`.
+        reference: "frozen" copies the model now, or uses it with its adapters off; "precomputed" expects columns
+            `ref_<response>_logps` (see `add_reference_logps`); "none"; "auto" is frozen where the loss needs one.
+        reference_model: a model to compare with, in place of a copy.
+        head: how the output head is run.
+        train_dataset, eval_dataset: rows as `prepare_dataset` makes them.
+        others: as in transformers.Trainer.
+    Raises:
+        ConfigError: the reference does not fit the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        loss: Loss,
+        reference: ReferenceMode = "auto",
+        reference_model: nn.Module | None = None,
+        head: HeadConfig = HeadConfig(),
+        data_collator: PackedCollator | None = None,
+        **others: Any,
+    ) -> None:
+        self.loss = loss
+        self.reference = resolve_reference(reference, loss)
+        args.remove_unused_columns = False
+        args._n_gpu = min(args.n_gpu, 1)  # a packed batch is one sequence: DataParallel could not split it
+        collator = data_collator or PackedCollator(loss.arity)
+        super().__init__(pack_forward(model), args, data_collator=collator, **others)
+        self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch: do not divide again
+        self.loss_is_scaled_for_ga = True
+        self._head = head_arguments(model, head)
+        self._train_window, self._eval_window = MetricWindow(), MetricWindow()
+        self._reference_model = None
+        if self.reference == "frozen":
+            copied = frozen_copy(model) if reference_model is None else pack_forward(reference_model).requires_grad_(False)
+            if copied is not None:
+                self._reference_model = self.accelerator.prepare_model(copied.eval(), evaluation_mode=True)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor | tuple[Tensor, PreferenceOutput]:
+        """The loss of one micro-batch: its share of the whole batch's, times the number of processes.
+
+        Processes' gradients are averaged, hence the factor.
+        """
+        ref_logps = self._ref_logps(model, inputs)
+
+        def tail(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> PreferenceOutput:
+            return linear_preference_loss(
+                hidden,
+                weight,
+                inputs["labels"],
+                inputs["layout"],
+                self.loss,
+                ref_logps=ref_logps,
+                normalizer=num_items_in_batch,
+                bias=bias,
+                **self._head,
+            )
+
+        out = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            response_rows=inputs["response_rows"],
+            tail=tail,
+        )
+        layout = inputs["layout"]
+        if model.training:
+            self._train_window.add(out.metrics, layout.num_prompts, layout.num_tokens)
+        else:
+            self._eval_window.add(out.metrics, layout.num_prompts, layout.num_tokens)
+        loss = out.loss * self.accelerator.num_processes if num_items_in_batch is not None else out.loss
+        return (loss, out) if return_outputs else loss
+
+    def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        if self.reference == "none":
+            return None
+        if self.reference == "precomputed":
+            return inputs["ref_logps"]
+        if self._reference_model is not None:
+            return reference_logps(self._reference_model, inputs, self._head)
+        return reference_logps(self.accelerator.unwrap_model(model), inputs, self._head, forward=model)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | float | None:
+        """What the loss is divided by: prompts or tokens, as the loss counts, of all micro-batches of all processes."""
+        if not batch_samples:
+            return None
+        layouts = [batch["layout"] for batch in batch_samples]
+        items = float(sum(float(self.loss.normalizer(x, torch.tensor(float(x.num_tokens)))) for x in layouts))
+        if self.args.world_size == 1:
+            return items
+        return self.accelerator.gather(torch.tensor([items], device=device)).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer.log, with the metrics averaged since the last training log."""
+        if "loss" in logs:
+            logs |= self._train_window.flush(self._add_up)
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of one evaluation batch; its metrics are added to the window that `evaluation_loop` reads."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        items = self.loss.normalizer(inputs["layout"], torch.tensor(float(inputs["layout"].num_tokens)))
+        self._eval_window.add_weighted("loss", loss, float(items))
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As Trainer.evaluation_loop, with the training metrics, exact means over the whole set, under the prefix.
+
+        Random numbers drawn here (a data loader draws one) are given back: evaluating changes nothing in training.
+        """
+        self._eval_window = MetricWindow()
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_window.flush(self._add_up)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
