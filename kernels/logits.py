@@ -46,7 +46,7 @@ def transform_grad(z, in_scale, out_scale, HAS_SOFTCAP: tl.constexpr):
     """dz/dz0, given z; of z's shape with a softcap, a scalar without."""
     slope = in_scale * out_scale
     if HAS_SOFTCAP:
-        t = z / out_scale
+        t = z * (1.0 / out_scale)
         slope = slope * (1.0 - t * t)
     return slope
 
@@ -65,7 +65,7 @@ def online_update(z, max_n, sum_n, dot_n, WANT_ENTROPY: tl.constexpr):
     decay_n = tl.exp(max_n - finite_max_n)
     if WANT_ENTROPY:
         shift_n = tl.where(max_n == float("-inf"), 0.0, max_n - finite_max_n)
-        tile_dot_n = tl.sum(tl.where(e > 0.0, e * d, 0.0), axis=1)
+        tile_dot_n = tl.sum(e * tl.where(e > 0.0, d, 0.0), axis=1)  # 0 log 0 = 0
         dot_n = decay_n * (dot_n + shift_n * sum_n) + tile_dot_n
     sum_n = decay_n * sum_n + tl.sum(e, axis=1)
     return new_max_n, sum_n, dot_n
@@ -81,5 +81,5 @@ def label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, 
     p = tl.exp(logp)
     dz = grad_logp_n[:, None] * (tl.where(is_label, 1.0, 0.0) - p)
     if HAS_ENTROPY:
-        dz -= grad_entropy_n[:, None] * tl.where(p > 0.0, p * (logp + entropy_n[:, None]), 0.0)
+        dz -= grad_entropy_n[:, None] * p * (tl.where(p > 0.0, logp, 0.0) + entropy_n[:, None])
     return dz

@@ -1,0 +1,135 @@
+"""Ahead-of-time compilation of every kernel at its default configurations, for processors that are not here.
+
+    python -m prefkern.kernels.aot --arch sm_90 --dtype bf16          a table; --json for machines
+
+Each kernel module lists what it launches in `specializations(arch, dtype)`. What is read back: registers a thread, stack
+or scratch bytes (spills), shared memory, and the matrix instructions. It runs where kernels are not interpreted,
+that is, without TRITON_INTERPRET.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.compiler import ASTSource
+
+from .tuning import ARCHS, Arch, Specialization
+
+MODULES = ("row_softmax", "lm_head", "tail", "fused_logits")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# The tensor-core instruction of each family, as it shows in PTX or AMD assembly.
+MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one specialisation; stack counts bytes a thread outside registers: spills."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    shared: int
+    matrix_instruction: str | None
+
+    def fault(self, spec: Specialization, arch: Arch) -> str | None:
+        """Why it must not be a default, or None."""
+        if self.stack:
+            return f"spills: {self.stack} bytes of stack"
+        if self.shared > arch.shared_memory:
+            return f"{self.shared} bytes of shared memory, {arch.name} has {arch.shared_memory}"
+        if spec.tensor_cores and self.matrix_instruction is None:
+            return "its matmul does not use the tensor cores"
+        return None
+
+
+def specializations(arch: Arch, dtype: torch.dtype) -> Iterator[Specialization]:
+    """Those of every kernel module."""
+    for name in MODULES:
+        yield from importlib.import_module(f"{__package__}.{name}").specializations(arch, dtype)
+
+
+def compile_for(spec: Specialization, arch: Arch) -> Report:
+    """Compile one specialisation and read back what became of it.
+
+    Raises:
+        ValueError: an argument of the kernel has neither a type nor a value, or a name is not an argument.
+    """
+    arguments = spec.kernel.arg_names
+    given = spec.signature.keys() | spec.constexprs.keys()
+    if given != set(arguments):
+        raise ValueError(f"{spec.name}: arguments {sorted(given ^ set(arguments))} are missing or unknown")
+    signature = {name: spec.signature.get(name, "constexpr") for name in arguments}
+    constants = {(arguments.index(name),): value for name, value in spec.constexprs.items()}
+    aligned = [n for n, kind in spec.signature.items() if kind.startswith("*") or n in spec.divisible]
+    attrs = {(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(spec.kernel, signature, constants, attrs)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    compiled = triton.compile(source, target=arch.target, options=options)
+    read = _read_amd if arch.target.backend == "hip" else _read_nvidia
+    registers, stack, assembly = read(compiled)
+    instruction = next((name for name in MATRIX_INSTRUCTIONS if name in assembly), None)
+    return Report(spec.name, arch.name, registers, stack, compiled.metadata.shared, instruction)
+
+
+def _read_nvidia(compiled) -> tuple[int, int, str]:
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    return registers, stack, compiled.asm["ptx"]
+
+
+def _read_amd(compiled) -> tuple[int, int, str]:
+    assembly = compiled.asm["amdgcn"]
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+    scratch = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
+    return registers, scratch, assembly
+
+
+def reports(arch: Arch, dtype: torch.dtype, only: str = "") -> Iterator[tuple[Report, str | None]]:
+    """Report and fault of every specialisation whose name contains `only`."""
+    for spec in specializations(arch, dtype):
+        if only in spec.name:
+            report = compile_for(spec, arch)
+            yield report, report.fault(spec, arch)
+
+
+def main() -> None:
+    """Print a table, or JSON, of every specialisation; exit status 1 if one is at fault."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", choices=ARCHS, action="append", help="default: all")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all")
+    parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args()
+    faults = 0
+    for arch_name in args.arch or ARCHS:
+        for dtype_name in args.dtype or DTYPES:
+            for report, fault in reports(ARCHS[arch_name], DTYPES[dtype_name], args.only):
+                faults += fault is not None
+                if args.json:
+                    print(json.dumps(asdict(report) | {"dtype": dtype_name, "fault": fault}), flush=True)
+                    continue
+                print(
+                    f"{arch_name:7} {dtype_name:5} {report.name:34} {report.registers:4} registers"
+                    f" {report.stack:5} stack {report.shared:7} shared  {report.matrix_instruction or '':16} {fault or ''}",
+                    flush=True,
+                )
+    raise SystemExit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

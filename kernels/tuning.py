@@ -1,0 +1,182 @@
+"""Launch configurations: pure functions of shape, dtype and architecture, fixed by default.
+
+The tables hold what compiles without spills and within shared memory on each architecture (tests/test_aot.py
+compiles every entry). PREFKERN_AUTOTUNE=1 opens a timed search over `neighbours` of the table's entry instead, once
+per kernel, architecture, dtype and shape (N rounded up to a power of two, so that lengths do not repeat it).
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A kind of processor: `name` is sm_90, gfx942, ... or "interpreter"; shared memory in bytes per program."""
+
+    name: str
+    shared_memory: int
+    num_sms: int
+
+    @property
+    def target(self) -> GPUTarget:
+        """What triton compiles for."""
+        if self.name.startswith("gfx"):
+            return GPUTarget("hip", self.name, 64)
+        return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
+
+
+# Opt-in shared memory of one program and the processor count of the usual board.
+ARCHS = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_80", 163 * 1024, 108),
+        Arch("sm_90", 227 * 1024, 132),
+        Arch("sm_100", 227 * 1024, 148),
+        Arch("gfx942", 64 * 1024, 304),
+    )
+}
+
+
+def arch_of(device: torch.device) -> Arch:
+    """The architecture of a device; of the interpreter where kernels are interpreted."""
+    return _interpreter() if triton.knobs.runtime.interpret else _arch_of(device)
+
+
+def _interpreter() -> Arch:
+    return Arch("interpreter", 1 << 30, 1)
+
+
+@functools.cache
+def _arch_of(device: torch.device) -> Arch:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Arch(properties.gcnArchName.split(":")[0], 64 * 1024, properties.multi_processor_count)
+    name = f"sm_{properties.major}{properties.minor}"
+    return Arch(name, properties.shared_memory_per_block_optin, properties.multi_processor_count)
+
+
+def require_dot_dtype(dtype: torch.dtype) -> None:
+    """Raise rather than let the interpreter multiply bf16 matrices: its tl.dot returns garbage on them."""
+    if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
+        raise TypeError("kernels with a matmul cannot be interpreted in bfloat16: use float32 or float16")
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """block_n rows a program, read block_v columns at a time."""
+
+    block_n: int
+    block_v: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Matmul tile of (block_n, block_v), summed block_d at a time; group_n row blocks share the L2 cache."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    group_n: int = 16
+
+
+Config = TypeVar("Config", RowConfig, HeadConfig)
+
+
+def row_config(V: int, dtype: torch.dtype, arch: Arch) -> RowConfig:
+    """Row kernels: 16 bytes a thread and load, several loads in flight; short rows share a program."""
+    if arch.name == "interpreter":
+        return RowConfig(block_n=64, block_v=512, num_warps=1)
+    block_v = min(triton.next_power_of_2(V), 4096)
+    block_n = max(1, 1024 // block_v)
+    return RowConfig(block_n, block_v, num_warps=8 if block_v >= 4096 else 4)
+
+
+def head_config(dtype: torch.dtype, arch: Arch) -> HeadConfig:
+    """Matmul kernels, forward and backward alike: both keep one (block_n, block_v) fp32 tile in registers."""
+    if arch.name == "interpreter":
+        return HeadConfig(128, 256, 64, num_warps=1, num_stages=1, group_n=2)
+    if dtype == torch.float32:  # IEEE products: no tensor cores, so small tiles that leave registers for the operands
+        return HeadConfig(64, 128, 16, num_warps=8, num_stages=2)
+    if arch.shared_memory < ARCHS["sm_80"].shared_memory:  # gfx942, consumer boards
+        return HeadConfig(128, 128, 32, num_warps=8, num_stages=2)
+    return HeadConfig(128, 128, 64, num_warps=8, num_stages=3)
+
+
+def vocab_splits(N: int, V: int, config: HeadConfig, arch: Arch) -> int:
+    """Parts that the vocabulary is cut into, one program each, so that few rows still fill the chip."""
+    if arch.name == "interpreter":
+        return min(2, triton.cdiv(V, config.block_v))
+    row_blocks = min(triton.cdiv(N, config.block_n), config.group_n)
+    return min(triton.cdiv(arch.num_sms, row_blocks), triton.cdiv(V, config.block_v))
+
+
+def neighbours(config: Config) -> list[Config]:
+    """The configuration and those one step away from it."""
+    found = [config]
+    for name in ("block_v", "block_d", "num_warps"):
+        if hasattr(config, name):
+            found += [replace(config, **{name: v}) for v in (getattr(config, name) // 2, getattr(config, name) * 2)]
+    found += [replace(config, num_stages=config.num_stages + step) for step in (-1, 1) if config.num_stages + step > 0]
+    return [c for c in found if 1 <= c.num_warps <= 16 and c.block_v >= 16 and getattr(c, "block_d", 16) >= 16]
+
+
+_best: dict[tuple, Any] = {}
+
+
+def choose(key: Iterable, config: Config, launch: Callable[[Config], Any]) -> Config:
+    """`config`, or under PREFKERN_AUTOTUNE=1 the fastest of its neighbours on this very call.
+
+    `launch` runs the kernel with a configuration and must be repeatable: it may not overwrite its inputs.
+    """
+    if os.environ.get("PREFKERN_AUTOTUNE") != "1" or triton.knobs.runtime.interpret:
+        return config
+    key = tuple(key)
+    if key not in _best:
+        _best[key] = min(neighbours(config), key=lambda c: _milliseconds(c, launch))
+    return _best[key]
+
+
+def _milliseconds(config: Config, launch: Callable[[Config], Any]) -> float:
+    try:
+        return triton.testing.do_bench(lambda: launch(config))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """One kernel with fixed argument types and constants, as the launcher would have it compiled.
+
+    Fields:
+        name: what the table shows.
+        kernel: the @triton.jit function.
+        signature: triton type of each run-time argument: "*bf16", "i64", "i32", "fp32", ... Pointers are taken as
+            16-byte aligned, and so are integers listed in `divisible` (strides, mostly).
+        constexprs: value of each other argument; None for a pointer that is not given, 1 for a unit stride.
+        num_warps, num_stages: launch options.
+        tensor_cores: whether its matmul has to run on them.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    divisible: tuple[str, ...] = field(default=())
+    tensor_cores: bool = False
+
+
+# triton's names of the element types.
+TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.bool: "i1"}
