@@ -29,9 +29,13 @@ from torch import Tensor
 
 from prefkern.layout import TailIndex
 
+from . import links
+from .tuning import Arch, Specialization
+
 MAX_PARAMS = 4  # p0..p3 of a link
 MAX_WARPS = 16
 ELEMENTS_PER_WARP = 128
+SHORT_SEGMENT = 16  # rows, on average
 
 
 @triton.jit
@@ -176,15 +180,17 @@ def chain_tail(
 
 # Layouts are views into one buffer: whether a view happens to be 16-byte aligned must not cost a recompile, and the
 # loads of a segment start anywhere anyway.
+LAYOUT_POINTERS = ["segment_start_ptr", "segment_end_ptr", "group_offsets_ptr", "chain_offsets_ptr"]
+OPTIONAL_POINTERS = [
+    "ref_logps_ptr", "token_weight_ptr", "scale_ptr", "target_ptr", "margin_ptr", "group_weight_ptr",
+]  # fmt: skip
 TAIL_POINTERS = [
-    "logps_ptr", "ref_logps_ptr", "token_weight_ptr", "segment_start_ptr", "segment_end_ptr", "group_offsets_ptr",
-    "chain_offsets_ptr", "scale_ptr", "target_ptr", "margin_ptr", "group_weight_ptr", "value_ptr", "score_ptr",
-    "g_ptr", "u_ptr",
+    *LAYOUT_POINTERS, *OPTIONAL_POINTERS, "logps_ptr", "value_ptr", "score_ptr", "g_ptr", "u_ptr",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=TAIL_POINTERS)
-def _tail_kernel(
+def tail_kernel(
     logps_ptr, ref_logps_ptr, token_weight_ptr,
     segment_start_ptr, segment_end_ptr, group_offsets_ptr, chain_offsets_ptr,
     scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3,
@@ -202,15 +208,15 @@ def _tail_kernel(
     )  # fmt: skip
 
 
-def tail_tile(index: TailIndex, max_warps: int) -> tuple[dict[str, int], int]:
+def tail_tile(max_group: int, num_tokens: int, num_segments: int, max_warps: int) -> tuple[dict[str, int], int]:
     """Tile of chain_tail and warps that suit it: the smaller of two sizes where segments are short on average.
 
     One program reads a whole chain: a big tile keeps enough loads in flight. Segments of a few tokens (static(1))
     mean many small programs instead, where a big tile would be nearly all mask. Two sizes only: lengths may cause one
     recompile, not one a batch. Four elements a thread is what fits in registers without spilling at any BLOCK_K.
     """
-    short = index.chain_of_token_N.shape[0] <= 16 * index.segment_start_S.shape[0]
-    block_k = triton.next_power_of_2(index.max_group)
+    short = num_tokens <= SHORT_SEGMENT * num_segments
+    block_k = triton.next_power_of_2(max_group)
     most = max(1, max_warps * ELEMENTS_PER_WARP // block_k)
     block_t = min(most, max(16, 64 // block_k)) if short else most
     num_warps = min(max_warps, max(1, block_k * block_t // ELEMENTS_PER_WARP))
@@ -286,14 +292,14 @@ def tail(
     (num_tokens,) = logps_N.shape
     num_segments, num_groups = index.segment_start_S.shape[0], index.prompt_of_group_G.shape[0]
     num_chains = index.chain_tokens_C.shape[0]
-    tile, num_warps = tail_tile(index, MAX_WARPS)
     assert index.chain_of_token_N.shape == (num_tokens,), "the layout is of another number of tokens"
+    tile, num_warps = tail_tile(index.max_group, num_tokens, num_segments, MAX_WARPS)
     fp32 = dict(dtype=torch.float32, device=logps_N.device)
     value_G, score_S = torch.empty(num_groups, **fp32), torch.empty(num_segments, **fp32)
     g_N = torch.zeros(num_tokens, **fp32) if want_grad else None
     if num_chains == 0:
         return value_G, score_S, g_N
-    _tail_kernel[(num_chains,)](
+    tail_kernel[(num_chains,)](
         logps_ptr=fp32_vector(logps_N, num_tokens),
         ref_logps_ptr=fp32_vector(ref_logps_N, num_tokens),
         token_weight_ptr=fp32_vector(token_weights_N, num_tokens),
@@ -307,3 +313,29 @@ def tail(
         num_warps=num_warps,
     )
     return value_G, score_S, g_N
+
+
+def tail_signature(absent: Sequence[str]) -> tuple[dict[str, str], dict[str, None]]:
+    """Types of chain_tail's arguments for ahead-of-time compilation, and None for those that are absent."""
+    pointers = {name: "*i64" if name in LAYOUT_POINTERS else "*fp32" for name in TAIL_POINTERS}
+    types = {name: kind for name, kind in pointers.items() if name not in absent}
+    return types | {f"p{i}": "fp32" for i in range(MAX_PARAMS)}, {name: None for name in absent}
+
+
+def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
+    """What to compile ahead of time: pairs, pairs of short segments, prefix sums over lists, and a bare evaluation."""
+    if dtype != torch.float32:  # no argument of the kernel has another
+        return []
+
+    def one(name, link, prefix, max_group, mean_rows, absent):
+        tile, num_warps = tail_tile(max_group, mean_rows, 1, MAX_WARPS)
+        types, nones = tail_signature(absent=absent)
+        constexprs = nones | tile | {"LINK": link, "PREFIX": prefix}
+        return Specialization(f"tail {name}", tail_kernel, types, constexprs, num_warps=num_warps, num_stages=1)
+
+    return [
+        one("pairs", links.logistic, False, 2, 1000, ["u_ptr"]),
+        one("pairs short", links.logistic, False, 2, 1, ["u_ptr"]),
+        one("lists prefix", links.squared, True, 64, 1000, []),
+        one("single plain", links.negative, False, 1, 1000, [*OPTIONAL_POINTERS, "g_ptr", "u_ptr"]),
+    ]

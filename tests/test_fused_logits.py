@@ -1,0 +1,209 @@
+"""The one-launch logits path against plain torch in float64: row statistics, values, scores, gradients of the logits."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from numerics import DTYPES, assert_as_good_as_torch, poison, row_stats
+from tail_oracle import eager_tail, logistic, negative, random_operands, squared
+
+from prefkern.head import Head
+from prefkern.kernels import fused_logits, links, row_softmax, tail
+from prefkern.kernels.fused_logits import fused_logits_forward
+from prefkern.kernels.row_softmax import row_softmax_backward
+from prefkern.layout import Layout
+
+EPS = 1e-6  # relative, of fp32 results
+KERNEL_NAMES = dict(
+    ref="ref_logps_N", weights="token_weights_N", scale="scale_S", margin="margin_G", target="target_S", weight="weight_G"
+)
+LOGISTIC = links.logistic, (0.3, 0.1), logistic(0.3, 0.1)
+
+
+def problem(layout: Layout, V: int, dtype=torch.float32, seed: int = 0):
+    """Logits, labels with a few ignored ones and one at the last vocabulary entry, reference log-probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    N = layout.num_tokens
+    logits = (3 * torch.randn(N, V, generator=generator)).to(dtype)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[2::7] = -100
+    labels[:1] = V - 1
+    return logits, labels, -6 * torch.rand(N, generator=generator)
+
+
+def check(layout, logits, labels, link, head=Head(), bias=None, want=False, **operands):
+    """Forward and in-place backward of the kernels; plain torch in the same dtype and in float64 on the same numbers."""
+    link, params, loss = link
+    upstream = torch.tensor(0.7)
+    results = []
+    for dtype in (logits.dtype, torch.float64):
+        fp = torch.promote_types(dtype, torch.float32)
+        x = logits.detach().to(dtype, copy=True).requires_grad_()
+        stats = row_stats(x, labels, head, None if bias is None else bias.to(dtype))
+        converted = {k: v.to(fp) for k, v in operands.items()}
+        if "ref" in converted:
+            converted["ref"] = torch.where(labels == head.ignore_index, 0.0, converted["ref"])
+        value, score = eager_tail(stats.logps, layout, loss, **converted)
+        (grad,) = torch.autograd.grad(value.sum(), x, upstream.to(fp))
+        results.append((stats, value, score, grad))
+    (same_stats, *same), (true_stats, *truth) = results
+
+    device_logits, device_labels = logits.to(DEVICE), labels.to(DEVICE)
+    device_bias = None if bias is None else bias.to(DEVICE)
+    stats, value, score, g = fused_logits_forward(
+        device_logits, device_labels, head, layout.index(DEVICE), link, params, bias_V=device_bias,
+        want_entropy=want, want_top1=want, want_mean=want, **{KERNEL_NAMES[k]: v.to(DEVICE) for k, v in operands.items()},
+    )  # fmt: skip
+    assert (g[device_labels == head.ignore_index] == 0).all()
+    grad = row_softmax_backward(
+        device_logits, device_labels, stats.lse, g, head, bias_V=device_bias, grad_scale=upstream.to(DEVICE), out=device_logits
+    )
+    assert grad.data_ptr() == device_logits.data_ptr()
+    for mine, fp, true in zip((value, score, grad), same, truth):
+        assert_as_good_as_torch(mine, fp, true, EPS)
+    for name in ("logps", "lse", *(("entropy", "mean_logit") if want else ())):
+        assert_as_good_as_torch(getattr(stats, name), getattr(same_stats, name), getattr(true_stats, name), EPS)
+    if want:
+        assert stats.is_top1.cpu().equal(true_stats.is_top1)
+    else:
+        assert stats.entropy is stats.is_top1 is stats.mean_logit is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("layout, V, link", [
+    (Layout.sequences([1]), 2, (links.negative, (), negative)),
+    (Layout.pairs([120, 0, 30], [100, 4, 1]), 507, LOGISTIC),
+    (Layout.pairs([120, 2, 30], [100, 4, 1]).adaptive(4), 1031, LOGISTIC),
+    (Layout.pairs([9, 0], [4, 0]).static(2), 2, (links.squared, (), squared)),
+    (Layout.pairs([31, 6], [24, 0]).static(9, accumulate="prefix"), 507, LOGISTIC),
+], ids=["n1_v2", "n255_v507", "n257_v1031_adaptive", "static_v2", "prefix_v507"])  # fmt: skip
+def test_matches_plain_torch(layout, V, link, dtype, monkeypatch):
+    poison(monkeypatch)
+    logits, labels, ref = problem(layout, V, dtype)
+    check(layout, logits, labels, link, want=True, ref=ref, **random_operands(layout))
+
+
+@pytest.mark.parametrize("head", [
+    Head(softcap=5.0), Head(logit_scale=0.25), Head(temperature=2.0), Head(7.0, 0.5, 1.3, ignore_index=-1),
+], ids=["softcap", "logit_scale", "temperature", "all"])  # fmt: skip
+def test_head_options_and_bias(head):
+    layout = Layout.pairs([7, 3], [5, 9])
+    logits, labels, ref = problem(layout, 123)
+    labels[labels == -100] = head.ignore_index
+    check(layout, logits, labels, LOGISTIC, head, bias=torch.linspace(-2, 2, 123), ref=ref)
+
+
+@pytest.mark.parametrize("strided", ["rows", "columns", "offset"])
+def test_strided_logits(strided):
+    layout = Layout.pairs([7, 3], [5, 9])
+    logits, labels, ref = problem(layout, 123)
+    N, V = logits.shape
+    wide = torch.full((2 * N + 1, 2 * V), float("nan"))
+    view = dict(rows=wide[1::2, :V], columns=wide[:N, ::2], offset=wide[3 : N + 3, 5 : V + 5])[strided].to(DEVICE)
+    view.copy_(logits)
+    stats, *rest = fused_logits_forward(view, labels.to(DEVICE), Head(), layout.index(DEVICE), links.logistic, (0.1,))
+    again, *expected = fused_logits_forward(
+        logits.to(DEVICE), labels.to(DEVICE), Head(), layout.index(DEVICE), links.logistic, (0.1,)
+    )
+    assert stats.logps.equal(again.logps) and all(a.equal(b) for a, b in zip(rest, expected))
+
+
+def test_ignored_rows_take_no_part_whatever_their_reference_says():
+    layout = Layout.pairs([4, 3], [5, 2])
+    logits, labels, ref = problem(layout, 17)
+    ref[labels == -100] = float("nan")
+    check(layout, logits, labels, LOGISTIC, ref=ref)
+
+
+def test_all_rows_ignored():
+    layout = Layout.pairs([4, 3], [5, 2])
+    logits, labels, ref = problem(layout, 17)
+    logits, labels = logits.to(DEVICE), torch.full_like(labels, -100).to(DEVICE)
+    stats, value, score, g = fused_logits_forward(
+        logits, labels, Head(), layout.index(DEVICE), links.logistic, (0.1,), ref_logps_N=ref.to(DEVICE)
+    )
+    torch.testing.assert_close(value, torch.full_like(value, 0.6931471805599453), rtol=1e-7, atol=0)
+    assert (score == 0).all() and (g == 0).all() and (stats.logps == 0).all()
+    assert (row_softmax_backward(logits, labels, stats.lse, g, Head(), out=logits) == 0).all()
+
+
+@pytest.mark.parametrize("layout", [
+    Layout.pairs([0, 0], [0, 0]), Layout.pairs([3, 0], [2, 0]), Layout.pairs([0, 2], [0, 0]), Layout.pairs([], []),
+], ids=["no_rows", "last_chain_empty", "first_chain_empty", "nothing"])  # fmt: skip
+def test_chains_without_rows(layout, monkeypatch):
+    poison(monkeypatch)
+    logits, labels, ref = problem(layout, 11)
+    index = layout.index(DEVICE)
+    stats, value, score, g = fused_logits_forward(
+        logits.to(DEVICE), labels.to(DEVICE), Head(), index, links.logistic, (0.1,), ref_logps_N=ref.to(DEVICE)
+    )
+    assert stats.logps.isfinite().all() and g.isfinite().all() and g.shape == (layout.num_tokens,)
+    empty = (index.chain_tokens_C == 0)
+    assert value.isfinite().all() and score.isfinite().all()
+    torch.testing.assert_close(value[empty], torch.full_like(value[empty], 0.6931471805599453), rtol=1e-7, atol=0)
+
+
+class Counted:
+    """Stands for a kernel and counts its launches."""
+
+    def __init__(self, kernel, launches: list[str]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.kernel.__name__)
+        return self.kernel[grid]
+
+
+def test_one_launch_forward_one_backward(monkeypatch):
+    launches = []
+    for module, name in (
+        (fused_logits, "fused_logits_forward_kernel"), (tail, "tail_kernel"),
+        (row_softmax, "row_softmax_forward_kernel"), (row_softmax, "row_softmax_backward_kernel"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), launches))
+    layout = Layout.pairs([4, 0], [5, 0]).static(2, accumulate="prefix")
+    logits, labels, ref = (t.to(DEVICE) for t in problem(layout, 17))
+    stats, _, _, g = fused_logits_forward(logits, labels, Head(), layout.index(DEVICE), links.logistic, (0.1,), ref_logps_N=ref)
+    assert launches == ["fused_logits_forward_kernel"]
+    row_softmax_backward(logits, labels, stats.lse, g, Head(), out=logits)
+    assert launches == ["fused_logits_forward_kernel", "row_softmax_backward_kernel"]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU chooses the order of its programs itself")
+@pytest.mark.parametrize("accumulate", ["segment", "prefix"])
+def test_any_order_of_the_programs_gives_the_same_bits(accumulate, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(fused_logits, "row_config", lambda *_: row_softmax.RowConfig(block_n=2, block_v=64, num_warps=1))
+    layout = Layout.pairs([5, 0, 3], [6, 0, 0]).static(3, accumulate=accumulate)
+    logits, labels, ref = (t.to(DEVICE) for t in problem(layout, 100))
+    set_grid_index = interpreter_builder.set_grid_idx
+    results = []
+    for seed in range(4):
+        programs = layout.num_tokens // 2 + layout.index(DEVICE).chain_tokens_C.shape[0]
+        order = torch.randperm(programs, generator=torch.Generator().manual_seed(seed)).tolist() if seed else range(programs)
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, o=order: set_grid_index(o[x], y, z))
+        results.append(
+            fused_logits_forward(logits, labels, Head(), layout.index(DEVICE), links.logistic, (0.1,), ref_logps_N=ref)
+        )
+    assert layout.num_tokens % 2 == 0
+    for stats, *rest in results[1:]:
+        assert stats.logps.equal(results[0][0].logps) and all(a.equal(b) for a, b in zip(rest, results[0][1:]))
+
+
+def test_bitwise_repeatable():
+    layout = Layout.pairs([70, 40], [64, 81])
+    logits, labels, ref = (t.to(DEVICE) for t in problem(layout, 300))
+    runs = [
+        fused_logits_forward(logits, labels, Head(), layout.index(DEVICE), links.logistic, (0.1,), ref_logps_N=ref)
+        for _ in range(2)
+    ]
+    assert all(a.equal(b) for a, b in zip(runs[0][0][:2] + runs[0][1:], runs[1][0][:2] + runs[1][1:]))
+
+
+def test_evaluation_computes_no_gradient():
+    layout = Layout.pairs([4, 3], [5, 2]).static(2, accumulate="prefix")
+    logits, labels, ref = (t.to(DEVICE) for t in problem(layout, 17))
+    arguments = logits, labels, Head(), layout.index(DEVICE), links.logistic, (0.1,)
+    _, value, score, g = fused_logits_forward(*arguments, ref_logps_N=ref, want_grad=False)
+    _, *expected, _ = fused_logits_forward(*arguments, ref_logps_N=ref)
+    assert g is None and value.equal(expected[0]) and score.equal(expected[1])
