@@ -1,0 +1,115 @@
+"""The command line: `prefkern train | demo | losses | doctor`.
+
+Errors that the user can mend are one sentence on stderr and exit status 2; PREFKERN_DEBUG=1 shows where they arose.
+Nothing but argparse is imported before a command is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: its words, those of the process unless given.
+    Returns:
+        Exit status: 0, 2 for an error that the user can mend, 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(with_demo="demo" in words[:1])
+    args = parser.parse_args(words)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    from prefkern.training.errors import UserError
+
+    try:
+        return args.run(args)
+    except UserError as error:
+        if os.environ.get("PREFKERN_DEBUG") == "1":
+            raise
+        print(f"prefkern: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("prefkern: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def build_parser(with_demo: bool = False) -> argparse.ArgumentParser:
+    """The parser.
+
+    Args:
+        with_demo: fill in the options of `demo`, which imports it.
+    """
+    from prefkern import __version__
+
+    parser = argparse.ArgumentParser(prog="prefkern", description="Preference losses for language models, without logits.")
+    parser.add_argument("--version", action="version", version=f"prefkern {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model as a YAML file says",
+        description="Train a model as a YAML file says; any key can be set on the command line.",
+        epilog="example: prefkern train dpo.yaml loss.beta=0.05 trainer.learning_rate=5e-7 run.resume=true",
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", help="sections run, model, data, loss, reference, trainer")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser("demo", help="tune a small model on arithmetic, offline, in minutes")
+    if with_demo:
+        from prefkern.training import demo as demo_module
+
+        demo_module.add_arguments(demo)
+    demo.set_defaults(run=_demo)
+
+    table = commands.add_parser("losses", help="list the losses, their options and data columns")
+    table.set_defaults(run=_losses)
+
+    doctor = commands.add_parser("doctor", help="show versions, devices, and which kernels would run and why")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from prefkern.training.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from prefkern.training.run import run_training  # imports transformers: only once the configuration can be read
+
+    result = run_training(config)
+    print(f"model    {result.model}\nmetrics  {result.output / 'metrics.jsonl'}\ncurves   {result.curves}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from prefkern.training import demo
+
+    return demo.main(args)
+
+
+def _losses(args: argparse.Namespace) -> int:
+    from prefkern.training.doctor import losses_table
+
+    print(losses_table())
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from prefkern.training.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
