@@ -79,7 +79,9 @@ def label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, 
     """
     logp = z - lse_n[:, None]
     p = tl.exp(logp)
-    dz = grad_logp_n[:, None] * (tl.where(is_label, 1.0, 0.0) - p)
+    pull = grad_logp_n[:, None]
     if HAS_ENTROPY:
-        dz -= grad_entropy_n[:, None] * p * (tl.where(p > 0.0, logp, 0.0) + entropy_n[:, None])
-    return dz
+        # The rows' share first: one value less to keep for each logit.
+        pull_n = grad_logp_n + grad_entropy_n * entropy_n
+        pull = pull_n[:, None] + grad_entropy_n[:, None] * tl.where(p > 0.0, logp, 0.0)
+    return tl.where(is_label, grad_logp_n[:, None], 0.0) - p * pull

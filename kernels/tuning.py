@@ -110,6 +110,8 @@ def head_config(dtype: torch.dtype, arch: Arch) -> HeadConfig:
         return HeadConfig(64, 128, 16, num_warps=8, num_stages=2)
     if arch.shared_memory < ARCHS["sm_80"].shared_memory:  # gfx942, consumer boards
         return HeadConfig(128, 128, 32, num_warps=8, num_stages=2)
+    if arch.name == "sm_90":
+        return HeadConfig(128, 256, 64, num_warps=8, num_stages=3)
     return HeadConfig(128, 128, 64, num_warps=8, num_stages=3)
 
 
