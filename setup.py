@@ -50,6 +50,7 @@ setup(
         "torch>=2.8",
         "transformers>=5",
         "triton>=3.4; platform_system == 'Linux'",  # elsewhere the eager and chunked bodies do the work
+        "xxhash>=3",
     ],
     extras_require={
         "test": ["kernels", "pytest>=8.1"],  # `kernels` is Hugging Face's: its name is that of our folder
