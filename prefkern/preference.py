@@ -95,7 +95,7 @@ def preference_loss(
         Each loss's docstring names its own.
     """
     _check_tail(logps, layout, loss, ref_logps, token_weights, mask)
-    batch = _prepare(layout, loss, logps.device, ref_logps, token_weights, mask, logps)
+    batch = _prepare(layout, loss, logps.device, reference.accumulator(logps.dtype), ref_logps, token_weights, mask, logps)
     if _use_triton(impl, logps):
         summed, score_S = PreferenceTail.apply(logps, batch)
     else:
@@ -172,7 +172,7 @@ def logits_preference_loss(
     _check_tail(labels, layout, loss, ref_logps, token_weights, mask)
     if loss.needs_scores:
         raise ValueError(f"{loss.name} couples the batch: it needs all scores before its link; pass impl='eager'")
-    batch = _prepare(layout, loss, logits.device, ref_logps, token_weights, mask, None)
+    batch = _prepare(layout, loss, logits.device, torch.float32, ref_logps, token_weights, mask)
     head = Head(softcap, logit_scale, temperature, ignore_index)
     call = LogitsCall(head, want, logits_rows("triton", logits.device), keep_logits or logits.is_leaf)
     summed, score_S, *stats = FusedLogits.apply(logits, labels, batch, call)
@@ -240,17 +240,17 @@ def _from_token_logps(out, labels, layout, loss, ref_logps, token_weights, norma
     return result
 
 
-def _prepare(layout, loss, device, ref_logps, token_weights, mask, logps) -> _Batch:
+def _prepare(layout, loss, device, wide: torch.dtype, ref_logps, token_weights, mask, logps=None) -> _Batch:
     layout = loss.segmented(layout)
     index = layout.index(device)
-    weights = token_weights
-    if mask is not None:
-        weights = mask.float() if weights is None else torch.where(mask, weights, 0.0)
     with torch.no_grad():
+        ref_logps, weights = (None if t is None else t.detach() for t in (ref_logps, token_weights))
+        if mask is not None:
+            weights = mask.to(wide) if weights is None else torch.where(mask, weights, 0.0)
         if mask is None:
-            count_R = index.response_offsets.diff().float()
+            count_R = index.response_offsets.diff().to(wide)
         else:
-            count_R = reference.span_sums(mask.float(), index.response_offsets)
+            count_R = reference.span_sums(mask.to(wide), index.response_offsets)
         scale_R, margin = loss.scale(count_R), 0.0
         if loss.needs_scores:
             d = reference.log_ratios(logps, ref_logps, weights)
@@ -261,8 +261,7 @@ def _prepare(layout, loss, device, ref_logps, token_weights, mask, logps) -> _Ba
 
 
 def _eager_tail(logps: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
-    ref = None if batch.ref_logps_N is None else batch.ref_logps_N.detach()
-    d = reference.log_ratios(logps, ref, batch.weights_N)
+    d = reference.log_ratios(logps, batch.ref_logps_N, batch.weights_N)
     score_S = reference.segment_scores(d, batch.index, batch.scale_R, batch.layout.segments_per_response)
     score_GK, _ = reference.pad_groups(score_S, batch.index)
     value_G = batch.loss.eager(score_GK, batch.margin)

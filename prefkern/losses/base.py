@@ -64,7 +64,6 @@ class Loss(ABC):
     link: ClassVar[str]  # function of prefkern.kernels.links that computes value and derivative
     arity: ClassVar[Literal["pair", "single"]]
     needs_reference: ClassVar[bool]
-    uses_reference: ClassVar[bool | None] = None  # None: the same as needs_reference
     formula: ClassVar[str]  # one line, for tables
     source: ClassVar[str]
 
@@ -182,14 +181,18 @@ def loss_class(name: str) -> type[Loss]:
     return _REGISTRY[name]
 
 
+def options(name: str) -> tuple[str, ...]:
+    """Names of a loss's fields."""
+    return tuple(f.name for f in dataclasses.fields(loss_class(name)))
+
+
 def get(name: str, **fields: Any) -> Loss:
     """The loss of this name with these field values.
 
     Raises:
         ValueError: unknown name or field (the nearest is suggested), or a value out of range.
     """
-    cls = loss_class(name)
-    known = tuple(f.name for f in dataclasses.fields(cls) if f.init)
+    cls, known = loss_class(name), options(name)
     for key in fields:
         if key not in known:
             raise ValueError(f"{name} has no option {key!r}{_nearest(key, known)}; its options are {', '.join(known) or 'none'}")
