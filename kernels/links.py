@@ -4,7 +4,7 @@
 
 score_K holds the scores of the group's K members and 0 where valid_K is false (K is padded to a power of two);
 target_K holds what each member should be (0 where the loss has no targets); margin is the group's scalar; p0..p3 are
-hyper-parameters, run-time values. value is a scalar, dscore_K = dvalue/dscore_K is exactly 0 at padding. All of it is fp32.
+hyper-parameters, run-time values. value is a scalar; dscore_K = dvalue/dscore_K is exactly 0 at padding. All is fp32.
 
 A link runs inside the tail kernel (tail.py), which is compiled with it as a constant. Nothing here needs libdevice:
 the same arithmetic runs on every backend and in the interpreter.

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from torch import Tensor
 
 from prefkern.layout import Layout
@@ -65,3 +66,10 @@ def random_operands(layout: Layout, seed: int = 1) -> dict[str, Tensor]:
     weights[::5] = 0.0
     scale = draw(layout.num_responses)[layout.index("cpu").response_of_segment_S]
     return dict(weights=weights, scale=scale, margin=draw(layout.num_groups) - 1, weight=draw(layout.num_groups))
+
+
+def kernel_operands(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The oracle's operands under the kernels' names, on the device under test."""
+    names = dict(ref="ref_logps_N", weights="token_weights_N", scale="scale_S", margin="margin_G", target="target_S")
+    names["weight"] = "weight_G"
+    return {names[key]: value.to(DEVICE) for key, value in operands.items()}

@@ -1,21 +1,19 @@
-"""The one-launch logits path against plain torch in float64: row statistics, values, scores, gradients of the logits."""
+"""The one-launch logits path against plain torch in float64: statistics, values, scores, logit gradients."""
 
 import pytest
 import torch
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_good_as_torch, poison, row_stats
-from tail_oracle import eager_tail, logistic, negative, random_operands, squared
+from tail_oracle import eager_tail, kernel_operands, logistic, negative, random_operands, squared
 
 from prefkern.head import Head
 from prefkern.kernels import fused_logits, links, row_softmax, tail
 from prefkern.kernels.fused_logits import fused_logits_forward
 from prefkern.kernels.row_softmax import row_softmax_backward
+from prefkern.kernels.tuning import RowConfig
 from prefkern.layout import Layout
 
 EPS = 1e-6  # relative, of fp32 results
-KERNEL_NAMES = dict(
-    ref="ref_logps_N", weights="token_weights_N", scale="scale_S", margin="margin_G", target="target_S", weight="weight_G"
-)
 LOGISTIC = links.logistic, (0.3, 0.1), logistic(0.3, 0.1)
 
 
@@ -31,7 +29,7 @@ def problem(layout: Layout, V: int, dtype=torch.float32, seed: int = 0):
 
 
 def check(layout, logits, labels, link, head=Head(), bias=None, want=False, **operands):
-    """Forward and in-place backward of the kernels; plain torch in the same dtype and in float64 on the same numbers."""
+    """Forward and in-place backward of the kernels; plain torch on the same numbers, same dtype and float64."""
     link, params, loss = link
     upstream = torch.tensor(0.7)
     results = []
@@ -51,12 +49,13 @@ def check(layout, logits, labels, link, head=Head(), bias=None, want=False, **op
     device_bias = None if bias is None else bias.to(DEVICE)
     stats, value, score, g = fused_logits_forward(
         device_logits, device_labels, head, layout.index(DEVICE), link, params, bias_V=device_bias,
-        want_entropy=want, want_top1=want, want_mean=want, **{KERNEL_NAMES[k]: v.to(DEVICE) for k, v in operands.items()},
+        want_entropy=want, want_top1=want, want_mean=want, **kernel_operands(operands),
     )  # fmt: skip
     assert (g[device_labels == head.ignore_index] == 0).all()
     grad = row_softmax_backward(
-        device_logits, device_labels, stats.lse, g, head, bias_V=device_bias, grad_scale=upstream.to(DEVICE), out=device_logits
-    )
+        device_logits, device_labels, stats.lse, g, head, bias_V=device_bias, grad_scale=upstream.to(DEVICE),
+        out=device_logits,
+    )  # fmt: skip
     assert grad.data_ptr() == device_logits.data_ptr()
     for mine, fp, true in zip((value, score, grad), same, truth):
         assert_as_good_as_torch(mine, fp, true, EPS)
@@ -137,7 +136,7 @@ def test_chains_without_rows(layout, monkeypatch):
         logits.to(DEVICE), labels.to(DEVICE), Head(), index, links.logistic, (0.1,), ref_logps_N=ref.to(DEVICE)
     )
     assert stats.logps.isfinite().all() and g.isfinite().all() and g.shape == (layout.num_tokens,)
-    empty = (index.chain_tokens_C == 0)
+    empty = index.chain_tokens_C == 0
     assert value.isfinite().all() and score.isfinite().all()
     torch.testing.assert_close(value[empty], torch.full_like(value[empty], 0.6931471805599453), rtol=1e-7, atol=0)
 
@@ -162,7 +161,9 @@ def test_one_launch_forward_one_backward(monkeypatch):
         monkeypatch.setattr(module, name, Counted(getattr(module, name), launches))
     layout = Layout.pairs([4, 0], [5, 0]).static(2, accumulate="prefix")
     logits, labels, ref = (t.to(DEVICE) for t in problem(layout, 17))
-    stats, _, _, g = fused_logits_forward(logits, labels, Head(), layout.index(DEVICE), links.logistic, (0.1,), ref_logps_N=ref)
+    stats, _, _, g = fused_logits_forward(
+        logits, labels, Head(), layout.index(DEVICE), links.logistic, (0.1,), ref_logps_N=ref
+    )
     assert launches == ["fused_logits_forward_kernel"]
     row_softmax_backward(logits, labels, stats.lse, g, Head(), out=logits)
     assert launches == ["fused_logits_forward_kernel", "row_softmax_backward_kernel"]
@@ -173,19 +174,20 @@ def test_one_launch_forward_one_backward(monkeypatch):
 def test_any_order_of_the_programs_gives_the_same_bits(accumulate, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
 
-    monkeypatch.setattr(fused_logits, "row_config", lambda *_: row_softmax.RowConfig(block_n=2, block_v=64, num_warps=1))
+    config = RowConfig(block_n=2, block_v=64, num_warps=1)
+    monkeypatch.setattr(fused_logits, "row_config", lambda *_: config)
     layout = Layout.pairs([5, 0, 3], [6, 0, 0]).static(3, accumulate=accumulate)
     logits, labels, ref = (t.to(DEVICE) for t in problem(layout, 100))
+    index = layout.index(DEVICE)
+    programs = layout.num_tokens // config.block_n + index.chain_tokens_C.shape[0]
     set_grid_index = interpreter_builder.set_grid_idx
     results = []
     for seed in range(4):
-        programs = layout.num_tokens // 2 + layout.index(DEVICE).chain_tokens_C.shape[0]
-        order = torch.randperm(programs, generator=torch.Generator().manual_seed(seed)).tolist() if seed else range(programs)
+        order = torch.randperm(programs, generator=torch.Generator().manual_seed(seed)).tolist()
         monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, o=order: set_grid_index(o[x], y, z))
-        results.append(
-            fused_logits_forward(logits, labels, Head(), layout.index(DEVICE), links.logistic, (0.1,), ref_logps_N=ref)
-        )
-    assert layout.num_tokens % 2 == 0
+        results.append(fused_logits_forward(logits, labels, Head(), index, links.logistic, (0.1,), ref_logps_N=ref))
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_index)
+    results.append(fused_logits_forward(logits, labels, Head(), index, links.logistic, (0.1,), ref_logps_N=ref))
     for stats, *rest in results[1:]:
         assert stats.logps.equal(results[0][0].logps) and all(a.equal(b) for a, b in zip(rest, results[0][1:]))
 
