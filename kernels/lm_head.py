@@ -184,7 +184,8 @@ def lm_head_dlogits_kernel(
         HAS_SOFTCAP, EVEN_D, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     label_n = tl.load(labels_ptr + rows)
-    lse_n = tl.load(lse_ptr + rows)
+    kept_n = label_n != ignore_index
+    lse_n = tl.where(kept_n, tl.load(lse_ptr + rows), float("inf"))  # the lse of an ignored row is not its own: p = 0
     grad_logp_n = tl.load(grad_logp_ptr + rows).to(tl.float32)
     entropy_n = lse_n
     grad_entropy_n = grad_logp_n
@@ -194,7 +195,7 @@ def lm_head_dlogits_kernel(
     is_label = offs_v[None, :] == label_n[:, None]
     dz = label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, HAS_ENTROPY)
     dz0 = dz * transform_grad(z, in_scale, out_scale, HAS_SOFTCAP)
-    dz0 = tl.where((label_n != ignore_index)[:, None], dz0, 0.0)
+    dz0 = tl.where(kept_n[:, None], dz0, 0.0)
     out_ptrs = out_ptr + (offs_n.to(tl.int64) * width)[:, None] + offs_w[None, :]
     mask = (offs_n < N)[:, None] & (offs_v < V)[None, :]
     tl.store(out_ptrs, dz0.to(out_ptr.dtype.element_ty), mask=mask)

@@ -126,7 +126,8 @@ def row_softmax_backward_kernel(
     scale = 1.0
     if grad_scale_ptr is not None:
         scale = tl.load(grad_scale_ptr).to(tl.float32)
-    lse_n = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
+    # The lse of an ignored row is not its own: with infinity, p is 0.
+    lse_n = tl.where(kept_n, tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0), float("inf"))
     grad_logp_n = tl.load(grad_logp_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32) * scale
     entropy_n = lse_n
     grad_entropy_n = grad_logp_n

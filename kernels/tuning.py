@@ -96,7 +96,9 @@ Config = TypeVar("Config", RowConfig, HeadConfig)
 def row_config(V: int, dtype: torch.dtype, arch: Arch) -> RowConfig:
     """Row kernels: 16 bytes a thread and load, several loads in flight; short rows share a program."""
     if arch.name == "interpreter":
-        return RowConfig(block_n=64, block_v=512, num_warps=1)
+        # Its cost is the number of programs, not their size.
+        block_v = min(triton.next_power_of_2(V), 512)
+        return RowConfig(2**15 // block_v, block_v, num_warps=1)
     block_v = min(triton.next_power_of_2(V), 4096)
     block_n = max(1, 1024 // block_v)
     return RowConfig(block_n, block_v, num_warps=8 if block_v >= 4096 else 4)
