@@ -7,6 +7,7 @@ gives that slice of dweight complete, so no N x V tensor and no fp32 copy of dwe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -66,7 +67,7 @@ def backward(
     head: Head,
     plan: Plan,
     stats: RowStats,
-    grad_logps_N: Tensor | None,
+    grad_logps_N: Tensor,
     grad_entropy_N: Tensor | None,
     *,
     needs: tuple[bool, bool, bool],
@@ -79,9 +80,10 @@ def backward(
     dweight = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if needs[1] else None
     dbias = torch.empty_like(bias_V, memory_format=torch.contiguous_format) if needs[2] else None
     valid = labels_N != head.ignore_index
-    head = Head(head.softcap, head.logit_scale, head.temperature, ignore_index=_NEVER)
-    grad_logps_N = _only(valid, grad_logps_N)
-    grad_entropy_N = _only(valid, grad_entropy_N)
+    head = replace(head, ignore_index=_NEVER)
+    lse_N = torch.where(valid, stats.lse, torch.inf)  # an ignored row's lse is not its own: with infinity, p is 0
+    grad_logps_N = torch.where(valid, grad_logps_N, 0.0)
+    grad_entropy_N = None if grad_entropy_N is None else torch.where(valid, grad_entropy_N, 0.0)
     step = plan.vocab_per_slice
     scratch = hidden_ND.new_empty(n * min(step, vocab))
     for i in range(0, vocab, step):
@@ -91,7 +93,7 @@ def backward(
         dlogits = torch.mm(hidden_ND, weight.t(), out=scratch[: n * width].view(n, width))
         labels = torch.where((labels_N >= i) & (labels_N < part.stop), labels_N - i, _ELSEWHERE)
         rows.row_softmax_backward(
-            dlogits, labels, stats.lse, grad_logps_N, head, bias_V=bias, entropy_N=stats.entropy,
+            dlogits, labels, lse_N, grad_logps_N, head, bias_V=bias, entropy_N=stats.entropy,
             grad_entropy_N=grad_entropy_N, out=dlogits,
         )  # fmt: skip
         if needs[0]:
@@ -111,7 +113,3 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b, out_dtype=total.dtype)
     else:
         total += torch.mm(a, b)
-
-
-def _only(valid: Tensor, g: Tensor | None) -> Tensor | None:
-    return None if g is None else torch.where(valid, g, 0.0)

@@ -28,9 +28,12 @@ def rows_from_logits(raw_NV: Tensor, labels_N: Tensor, head: Head, want: tuple[s
     lse = torch.logsumexp(z, -1)
     log_p = F.log_softmax(z, -1)
     logps = log_p.gather(-1, label[:, None])[:, 0]
-    plogp = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p)
+    plogp = log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)  # before the product: 0 times -inf is NaN
     best = z.gather(-1, label[:, None])[:, 0] >= z.amax(-1)
-    keep = lambda x: torch.where(valid, x, 0.0)  # noqa: E731
+
+    def keep(x: Tensor) -> Tensor:
+        return torch.where(valid, x, 0.0)
+
     return RowStats(
         logps=keep(torch.where((labels_N >= 0) & (labels_N < z.shape[-1]), logps, torch.nan)),
         lse=keep(lse).detach(),

@@ -7,12 +7,14 @@ The block is walked in pieces of a few rows that stay in a core's cache, with th
 that memory sees each logit once. Arithmetic is fp32 (float64 for float64).
 """
 
+import sys
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from prefkern.head import Head, RowStats
+from prefkern.planner import has_triton
 from prefkern.reference import accumulator
 
 # Elements of one piece: 2 MiB in fp32, about one core's second-level cache.
@@ -43,8 +45,11 @@ def row_softmax_forward(
     """
     rows, vocab = logits_NV.shape
     dtype = accumulator(logits_NV.dtype)
-    new = lambda on, kind=dtype: logits_NV.new_empty(rows, dtype=kind) if on else None  # noqa: E731
-    stats = RowStats(new(True), new(True), new(want_entropy), new(want_top1, torch.bool), new(want_mean))
+
+    def fresh(wanted: bool, kind: torch.dtype = dtype) -> Tensor | None:
+        return logits_NV.new_empty(rows, dtype=kind) if wanted else None
+
+    stats = RowStats(fresh(True), fresh(True), fresh(want_entropy), fresh(want_top1, torch.bool), fresh(want_mean))
     for piece in _pieces(rows, vocab):
         _forward_piece(logits_NV[piece], labels_N[piece], head, bias_V, gradient, [s if s is None else s[piece] for s in stats])
     valid = labels_N != head.ignore_index
@@ -85,7 +90,7 @@ def row_softmax_backward(
     logits_NV: Tensor,
     labels_N: Tensor,
     lse_N: Tensor,
-    grad_logps_N: Tensor | None,
+    grad_logps_N: Tensor,
     head: Head,
     *,
     bias_V: Tensor | None = None,
@@ -100,7 +105,7 @@ def row_softmax_backward(
         logits_NV: (N, V) raw logits, or a slice of the vocabulary of them.
         labels_N: (N,); a label outside [0, V) adds no one-hot term, so a slice takes labels less its start.
         lse_N, entropy_N: (N,) from the forward pass over the whole vocabulary.
-        grad_logps_N, grad_entropy_N: (N,) fp32; None stands for zero.
+        grad_logps_N, grad_entropy_N: (N,) dL/dlogp, and dL/dentropy or None.
         grad_scale: 0-dim, multiplies both.
         out: where to write; the logits themselves are allowed. None: a new tensor.
     Returns:
@@ -110,16 +115,15 @@ def row_softmax_backward(
     out = torch.empty_like(logits_NV) if out is None else out
     valid = labels_N != head.ignore_index
 
-    def upstream(g: Tensor | None) -> Tensor | None:
-        if g is None:
-            return None
+    def upstream(g: Tensor) -> Tensor:
         g = torch.where(valid, g, 0.0)
         return g[:, None] if grad_scale is None else (g * grad_scale)[:, None]
 
-    g, e = upstream(grad_logps_N), upstream(grad_entropy_N)
-    inside = (labels_N >= 0) & (labels_N < vocab)
+    g, e = upstream(grad_logps_N), None if grad_entropy_N is None else upstream(grad_entropy_N)
+    lse_N = torch.where(valid, lse_N, torch.inf)  # an ignored row's lse is not its own: with infinity, p is 0
+    inside = valid & (labels_N >= 0) & (labels_N < vocab)
     label = labels_N.clamp(0, vocab - 1)[:, None]
-    hit = None if g is None else torch.where(inside[:, None], g, 0.0)
+    hit = torch.where(inside[:, None], g, 0.0)
     for piece in _pieces(rows, vocab):
         z = _transform(logits_NV[piece], head, bias_V)
         slope = _slope(z, head)
@@ -129,10 +133,9 @@ def row_softmax_backward(
         else:
             p = log_p.exp()
             dz = log_p.clamp_(min=-1e30).add_(entropy_N[piece, None]).mul_(e[piece])
-            dz = dz.add_(g[piece]).mul_(p).neg_() if g is not None else dz.mul_(p).neg_()
-        if hit is not None:
-            dz.scatter_add_(1, label[piece], hit[piece])
-        out[piece].copy_(dz.mul_(slope).masked_fill_(~valid[piece, None], 0))
+            dz = dz.add_(g[piece]).mul_(p).neg_()
+        dz.scatter_add_(1, label[piece], hit[piece])
+        out[piece].copy_(dz.mul_(slope))
     return out
 
 
@@ -162,10 +165,6 @@ def _slope(z: Tensor, head: Head) -> Tensor | float:
 
 def implementation(device: torch.device) -> ModuleType:
     """The module whose row_softmax_forward and row_softmax_backward serve a device: Triton's on a GPU, else this one."""
-    import sys
-
-    from prefkern.planner import has_triton
-
     if device.type == "cuda" and has_triton():
         from prefkern.kernels import row_softmax
 

@@ -164,16 +164,15 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, call: HiddenCall):
-        hidden_, weight_ = hidden.detach(), weight.detach()
         unit = None
         if call.plan.row.body == "cut":
             from prefkern.kernels import lm_head
 
-            stats = lm_head.lm_head_forward(hidden_, weight_, labels, call.head, bias_V=bias, **call.flags)
+            stats = lm_head.lm_head_forward(hidden, weight, labels, call.head, bias_V=bias, **call.flags)
         else:
             frozen_head = call.plan.row.name == "frozen_head"
             stats, unit = chunked.forward(
-                hidden_, weight_, bias, labels, call.head, call.plan, call.flags, gradient=frozen_head, rows=call.rows
+                hidden, weight, bias, labels, call.head, call.plan, call.flags, gradient=frozen_head, rows=call.rows
             )
         ctx.save_for_backward(hidden, weight, bias, labels, stats.lse, stats.entropy, unit)
         ctx.call = call
@@ -190,6 +189,7 @@ class TokenLogps(torch.autograd.Function):
             if unit is not None and grad_entropy is None:
                 grads = (unit * grad_logps[:, None]).to(unit.dtype), None, None
             else:
+                grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
                 grads = _head_gradient(call, hidden, weight, bias, labels, lse, entropy, grad_logps, grad_entropy, needs)
         return *first_order_only(grads, (hidden, weight, bias)), None, None
 
@@ -199,7 +199,7 @@ def _head_gradient(call, hidden, weight, bias, labels, lse, entropy, grad_logps,
         from prefkern.kernels import lm_head
 
         return lm_head.lm_head_backward(
-            hidden, weight, labels, lse, torch.zeros_like(lse) if grad_logps is None else grad_logps, call.head,
+            hidden, weight, labels, lse, grad_logps, call.head,
             bias_V=bias, entropy_N=entropy, grad_entropy_N=grad_entropy, needs_hidden=needs[0], needs_weight=needs[1],
             needs_bias=needs[2], workspace_bytes=call.plan.workspace_bytes,
         )  # fmt: skip
