@@ -59,12 +59,26 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
+def log_line(state, logs: dict | None) -> str | None:
+    """The step and the few numbers worth watching, or None where there are none."""
+    parts = [f"{label} {logs[name]:.4g}" for name, label in _SHOWN.items() if name in (logs or {})]
+    width = len(str(state.max_steps))
+    return f"step {state.global_step:>{width}}/{state.max_steps}  " + "  ".join(parts) if parts else None
+
+
 class ProgressBar(ProgressCallback):
     """transformers' progress bar, with a short line in place of the whole dictionary of metrics."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None:
-            parts = [f"{label} {logs[name]:.4g}" for name, label in _SHOWN.items() if name in (logs or {})]
-            if parts:
-                width = len(str(state.max_steps))
-                self.training_bar.write(f"step {state.global_step:>{width}}/{state.max_steps}  " + "  ".join(parts))
+        line = log_line(state, logs)
+        if state.is_world_process_zero and self.training_bar is not None and line:
+            self.training_bar.write(line)
+
+
+class LinePrinter(TrainerCallback):
+    """The same lines where progress bars are switched off."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        line = log_line(state, logs)
+        if state.is_local_process_zero and line:
+            print(line, flush=True)

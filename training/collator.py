@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefkern.layout import Layout
+from prefkern.layout import Accumulate, Layout
 from prefkern.training.data import RESPONSES
 
 
@@ -18,21 +18,23 @@ class PackedCollator:
 
     Fields:
         arity: "pair" or "single", as the loss has it.
+        accumulate: of the segments, where the rows hold cuts.
 
     A batch holds, all on the host,
         input_ids, position_ids: (1, T) int64; positions restart at 0 with every sequence, which tells transformers
             where one ends, so there is no attention mask. The last token of a response predicts nothing and is left out.
         response_rows: (N,) int64, the rows of the T whose hidden state predicts a response token.
         labels: (N,) int64, those tokens.
-        layout: the Layout of the N rows; moved to a device once, by the loss.
+        layout: the Layout of the N rows, cut if the rows hold `<response>_cuts`; moved to a device once, by the loss.
         ref_logps: (N,) fp32, if the rows hold precomputed reference log-probabilities.
     """
 
     arity: str = "pair"
+    accumulate: Accumulate = "segment"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         responses = RESPONSES[self.arity]
-        ids, positions, kept, labels, lengths, reference = [], [], [], [], [], []
+        ids, positions, kept, labels, lengths, reference, cuts = [], [], [], [], [], [], []
         for row in rows:
             prompt = list(row["prompt_ids"])
             for name in responses:
@@ -45,12 +47,15 @@ class PackedCollator:
                 lengths.append(len(response))
                 if f"ref_{name}_logps" in row:
                     reference += row[f"ref_{name}_logps"]
+                if f"{name}_cuts" in row:
+                    cuts.append(row[f"{name}_cuts"])
+        layout = Layout.groups(lengths, [len(responses)] * len(rows))
         batch = {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "response_rows": torch.tensor(kept),
             "labels": torch.tensor(labels),
-            "layout": Layout.groups(lengths, [len(responses)] * len(rows)),
+            "layout": layout.split_at(cuts, accumulate=self.accumulate) if cuts else layout,
         }
         if reference:
             batch["ref_logps"] = torch.tensor(reference, dtype=torch.float32)

@@ -13,7 +13,6 @@ class Panel(NamedTuple):
     title: str
     unit: str
     series: dict[str, str]
-    log_scale: bool = False
 
 
 PANELS = (
@@ -35,7 +34,7 @@ PANELS = (
     ),
     Panel("Token accuracy", "share of tokens", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"}),
     Panel("Entropy", "nats per token", {"entropy": "training", "eval_entropy": "evaluation"}),
-    Panel("Gradient norm", "norm", {"grad_norm": "before clipping"}, log_scale=True),
+    Panel("Gradient norm", "norm", {"grad_norm": "before clipping"}),
     Panel("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
 )
 _COLOURS = ("#2f6db3", "#d1603d", "#3c8d5a", "#7a5aa6")
@@ -76,8 +75,8 @@ def _draw(axes, panel: Panel, metrics: Sequence[dict]) -> None:
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(panel.unit)
-    if panel.log_scale:
-        axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(panel.series) > 1:

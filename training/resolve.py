@@ -57,6 +57,12 @@ def resolve_loss(section: Mapping[str, Any]) -> losses.Loss:
         raise ConfigError(f"the loss section is wrong: {error}") from error
 
 
+def cuts_from_data(loss: losses.Loss) -> bool:
+    """Whether the loss takes its segments from the dataset's `<response>_boundaries` columns."""
+    granularity = getattr(loss, "granularity", None)
+    return isinstance(granularity, Boundaries) and granularity.cuts is None
+
+
 def describe_loss(loss: losses.Loss) -> dict[str, Any]:
     """The `loss` section that `resolve_loss` turns into this loss, every field spelled out."""
     section: dict[str, Any] = {"name": loss.name}

@@ -13,17 +13,17 @@ import datasets
 import transformers
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefkern.losses import Loss
-from prefkern.training.callbacks import JsonlMetrics, ProgressBar, read_metrics
+from prefkern.training.callbacks import JsonlMetrics, LinePrinter, ProgressBar, read_metrics
 from prefkern.training.config import Config
 from prefkern.training.data import prepare_dataset
 from prefkern.training.errors import ConfigError, ModelError
 from prefkern.training.model import load_model, load_model_config, load_tokenizer
 from prefkern.training.plots import draw_curves
 from prefkern.training.reference import add_reference_logps, resolve_reference
-from prefkern.training.resolve import resolve_loss, resolve_trainer, resolved, training_arguments
+from prefkern.training.resolve import cuts_from_data, resolve_loss, resolve_trainer, resolved, training_arguments
 from prefkern.training.sources import load_splits
 from prefkern.training.trainer import PreferenceTrainer
 
@@ -148,6 +148,7 @@ def _prepare(
                 tokenizer,
                 config.data,
                 arity=loss.arity,
+                boundaries=cuts_from_data(loss),
                 vocab_size=getattr(text_config, "vocab_size", None),
                 context_length=context,
                 name=name,
@@ -178,8 +179,8 @@ def _report_to(trainer: PreferenceTrainer, output: Path) -> None:
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__name__ == "TensorBoardCallback":
             callback.logging_dir = str(output / "tensorboard")
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ProgressBar())
+    trainer.add_callback(LinePrinter() if trainer.pop_callback(ProgressCallback) is None else ProgressBar())
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(JsonlMetrics(output / "metrics.jsonl"))
 
 

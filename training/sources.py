@@ -52,6 +52,8 @@ def load_rows(
     except DataError:
         raise
     except Exception as error:  # datasets raises many kinds for an unreadable source
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{key}={source!r} has no rows: a dataset needs at least one") from error
         raise DataError(f"{key}={source!r} cannot be read: {_first_line(error)}") from error
     if isinstance(rows, datasets.DatasetDict):
         if only_split and split not in rows and len(rows) == 1:

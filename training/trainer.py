@@ -53,7 +53,7 @@ class PreferenceTrainer(Trainer):
         self.reference = resolve_reference(reference, loss)
         args.remove_unused_columns = False
         args._n_gpu = min(args.n_gpu, 1)  # a packed batch is one sequence: DataParallel could not split it
-        collator = data_collator or PackedCollator(loss.arity)
+        collator = data_collator or PackedCollator(loss.arity, getattr(loss, "accumulate", "segment"))
         super().__init__(pack_forward(model), args, data_collator=collator, **others)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch: do not divide again
         self.loss_is_scaled_for_ga = True

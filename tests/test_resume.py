@@ -1,0 +1,81 @@
+"""A run that is killed and resumed ends with the same bits as one that was not."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from prefkern.training import run as run_module
+from prefkern.training.config import Config
+from prefkern.training.run import last_checkpoint, run_training
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+
+class Kill(BaseException):
+    """Stands for the process being killed: nothing catches it."""
+
+
+class KillAt(TrainerCallback):
+    """Raises at a step: after its optimizer step and before its checkpoint, or within its accumulation."""
+
+    def __init__(self, step: int, within: bool) -> None:
+        self.step, self.within = step, within
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self.within and state.global_step == self.step:
+            raise Kill
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.within and state.global_step == self.step:
+            raise Kill
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> dict:
+    """Two epochs of six steps, two micro-batches each, with dropout, a checkpoint every other step and evaluations."""
+    return tiny.write_run(
+        tmp_path_factory.mktemp("resume"),
+        model=tiny.llama(dropout=0.2),
+        data={"eval_size": 3},
+        loss={"name": "autoregressive_dpo", "granularity": {"adaptive": 2}},
+        trainer={"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2,
+                 "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(config) -> dict[str, torch.Tensor]:
+    """Parameters of the run that was not killed."""
+    return _weights(run_training(Config.from_dict(config)).model)
+
+
+@pytest.mark.parametrize("step, within", [(1, False), (3, True), (5, False), (6, False), (10, True)])
+def test_killed_and_resumed_is_bitwise_the_same(config, whole, tmp_path, monkeypatch, step, within):
+    output = f"run.output={tmp_path / 'out'}"
+    with monkeypatch.context() as patch:
+        report_to = run_module._report_to
+        patch.setattr(
+            run_module, "_report_to", lambda trainer, out: (report_to(trainer, out), trainer.add_callback(KillAt(step, within)))
+        )
+        with pytest.raises(Kill):
+            run_training(Config.from_dict(config, [output]))
+    torch.manual_seed(step)  # another process would start from other random numbers
+    result = run_training(Config.from_dict(config, [output, "run.resume=true"]))
+    resumed = _weights(result.model)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    steps = [line["step"] for line in result.history if "loss" in line]
+    assert steps == list(range(1, 13)), "every step is logged once"
+
+
+def test_checkpoint_cut_short_is_passed_over(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-10").mkdir()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
