@@ -212,6 +212,15 @@ class Layout:
         return all(k == 2 for k in self.group_sizes)
 
     @cached_property
+    def has_empty_group(self) -> bool:
+        """Whether some group holds no token at all."""
+        return any(
+            not any(segments[i] for segments in self._segments[first : first + size])
+            for first, size, parts in zip(self._prompt_starts, self.group_sizes, self.segments_per_prompt)
+            for i in range(parts)
+        )
+
+    @cached_property
     def _segments(self) -> tuple[tuple[int, ...], ...]:
         return self.segment_lengths if self.is_cut else tuple((n,) for n in self.lengths)
 

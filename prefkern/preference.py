@@ -72,6 +72,8 @@ def preference_loss(
         score_s = scale * sum over segment s of token_weight_n * (logp_n - ref_logp_n)
         loss    = sum_g weight_g * link(scores of group g, margin) / normalizer
 
+    A group in which no token counts has weight 0.
+
     Args:
         logps: (N,) policy log-probabilities of the packed response tokens, in nats.
         layout: where the responses lie; cut by the loss's granularity if it has one.
@@ -257,7 +259,22 @@ def _prepare(layout, loss, device, wide: torch.dtype, ref_logps, token_weights, 
             margin = loss.margin(reference.segment_scores(d, index, scale_R, layout.segments_per_response), layout)
         else:
             margin = loss.margin(None, layout)
-        return _Batch(loss, layout, index, ref_logps, weights, scale_R, margin, loss.group_weight(index), count_R)
+        weight_G = _alive(layout, index, weights, wide)
+        own_G = loss.group_weight(index)
+        weight_G = own_G if weight_G is None else weight_G if own_G is None else weight_G * own_G
+        return _Batch(loss, layout, index, ref_logps, weights, scale_R, margin, weight_G, count_R)
+
+
+def _alive(layout: Layout, index: TailIndex, weights_N: Tensor | None, wide: torch.dtype) -> Tensor | None:
+    """(G,) 1, or 0 where no token of the group counts: nothing was compared, so nothing is lost. None: 1 everywhere."""
+    if weights_N is not None:
+        sums = reference.span_sums((weights_N != 0).to(wide), index.row_order_offsets)
+        tokens_S = torch.empty_like(sums).index_copy(0, index.token_order_S, sums)
+    elif layout.has_empty_group:
+        tokens_S = (index.segment_end_S - index.segment_start_S).to(wide)
+    else:
+        return None
+    return (reference.span_sums(tokens_S, index.group_offsets) > 0).to(wide)
 
 
 def _eager_tail(logps: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,193 @@
+"""From hidden states and from logits: all bodies agree, logits are overwritten only when that is allowed."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from numerics import assert_as_good_as_torch
+
+import prefkern as pk
+
+LOSSES = {
+    "dpo": pk.losses.DPO(label_smoothing=0.1),
+    "static": pk.losses.AutoregressiveDPO(granularity=pk.Static(2)),
+    "adaptive mean": pk.losses.AutoregressiveDPO(granularity=pk.Adaptive(3), segment_reduction="mean"),
+    "prefix": pk.losses.AutoregressiveDPO(granularity=pk.Static(2), accumulate="prefix"),
+    "simpo": pk.losses.SimPO(),
+    "ipo": pk.losses.IPO(),
+    "nll": pk.losses.NLL(),
+}
+LAYOUTS = {"pair": pk.Layout.pairs([7, 0, 3], [4, 5, 3]), "single": pk.Layout.sequences([7, 0, 5])}
+HEAD = {"softcap": 8.0, "logit_scale": 0.7, "temperature": 1.2}
+
+
+def data(loss, dtype=torch.float32, ignored=True, vocab=61):
+    layout = LAYOUTS[loss.arity]
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(layout.num_tokens, 16, generator=g).to(DEVICE, dtype)
+    weight = torch.randn(vocab, 16, generator=g).to(DEVICE, dtype)
+    labels = torch.randint(0, vocab, (layout.num_tokens,), generator=g).to(DEVICE)
+    if ignored:
+        labels[::4] = -100
+    ref = -4 * torch.rand(layout.num_tokens, generator=g).to(DEVICE)
+    return layout, hidden, weight, labels, ref if loss.needs_reference else None
+
+
+def from_hidden(loss, impl, dtype=torch.float32, **kw):
+    layout, hidden, weight, labels, ref = data(loss, **kw)
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    ref = None if ref is None else ref.to(torch.promote_types(dtype, torch.float32))
+    out = pk.linear_preference_loss(hidden, weight, labels, layout, loss, ref_logps=ref, impl=impl, **HEAD)
+    return out, torch.autograd.grad(out.loss, (hidden, weight))
+
+
+def from_logits(loss, impl, dtype=torch.float32, keep_logits=False, **kw):
+    layout, hidden, weight, labels, ref = data(loss, **kw)
+    leaf = (hidden.to(dtype) @ weight.to(dtype).t()).requires_grad_()
+    logits = leaf * 1.0
+    ref = None if ref is None else ref.to(torch.promote_types(dtype, torch.float32))
+    out = pk.logits_preference_loss(
+        logits, labels, layout, loss, ref_logps=ref, impl=impl, keep_logits=keep_logits, **HEAD
+    )
+    return out, torch.autograd.grad(out.loss, (leaf,)), logits, leaf
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("impl", ["chunked", "cut"])
+def test_bodies_from_hidden_states(loss, impl):
+    truth, same, got = (from_hidden(loss, *how) for how in (("eager", torch.float64), ("eager",), (impl,)))
+    agree(got, same, truth)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_bodies_from_logits(loss, impl):
+    truth, same, got = (from_logits(loss, *how)[:2] for how in (("eager", torch.float64), ("eager",), (impl,)))
+    agree(got, same, truth)
+
+
+def agree(got, same, truth):
+    """Loss, gradients, log-probs, scores and metrics of two bodies, each (output, gradients)."""
+    eps = 1e-5
+    for a, b, c in zip((got[0].loss, got[0].logps, got[0].scores), *((x.loss, x.logps, x.scores) for x in (same[0], truth[0]))):
+        assert_as_good_as_torch(a, b, c, eps)
+    for a, b, c in zip(got[1], same[1], truth[1]):
+        assert_as_good_as_torch(a, b, c, eps)
+    assert got[0].metrics.keys() == truth[0].metrics.keys()
+    for name, value in got[0].metrics.items():
+        assert value.ndim == 0 and not value.requires_grad
+        assert value.item() == pytest.approx(truth[0].metrics[name].item(), rel=1e-4, abs=1e-5), name
+
+
+def test_hidden_and_logits_agree_on_dpo_and_one_segment_to_the_last_bit():
+    """One segment and DPO run the same arithmetic on each body."""
+    one = pk.losses.AutoregressiveDPO(granularity=pk.Adaptive(1))
+    for run in (lambda x: from_hidden(x, "chunked"), lambda x: from_hidden(x, "cut"), lambda x: from_logits(x, "triton")[:2]):
+        (a, da), (b, db) = run(pk.losses.DPO()), run(one)
+        assert torch.equal(a.loss, b.loss) and all(torch.equal(x, y) for x, y in zip(da, db))
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_logits_are_overwritten_unless_kept(impl):
+    _, grads, logits, leaf = from_logits(pk.losses.DPO(), impl)
+    assert torch.equal(logits, grads[0]), "the gradient took the place of the logits"
+    _, grads, logits, leaf = from_logits(pk.losses.DPO(), impl, keep_logits=True)
+    assert torch.equal(logits, leaf) and not torch.equal(logits, grads[0])
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_a_leaf_is_never_overwritten(impl):
+    layout, hidden, weight, labels, ref = data(pk.losses.DPO())
+    leaf = (hidden @ weight.t()).requires_grad_()
+    before = leaf.detach().clone()
+    pk.logits_preference_loss(leaf, labels, layout, pk.losses.DPO(), ref_logps=ref, impl=impl).loss.backward()
+    assert torch.equal(leaf.detach(), before) and leaf.grad is not None
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_overwritten_logits_cannot_be_used_again(impl):
+    layout, hidden, weight, labels, ref = data(pk.losses.DPO())
+    leaf = (hidden @ weight.t()).requires_grad_()
+    loss = pk.logits_preference_loss(leaf * 1, labels, layout, pk.losses.DPO(), ref_logps=ref, impl=impl).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_logits_double_backward_raises(impl):
+    layout, hidden, weight, labels, ref = data(pk.losses.DPO())
+    leaf = (hidden @ weight.t()).requires_grad_()
+    loss = pk.logits_preference_loss(leaf, labels, layout, pk.losses.DPO(), ref_logps=ref, impl=impl).loss
+    (g,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        g.pow(2).sum().backward()
+
+
+def test_triton_tail_double_backward_raises():
+    logps = -torch.rand(8, device=DEVICE).requires_grad_()
+    logps = logps.detach().requires_grad_()
+    out = pk.preference_loss(logps, pk.Layout.pairs([3], [5]), pk.losses.SimPO(), impl="triton")
+    (g,) = torch.autograd.grad(out.loss, logps, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        g.pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["eager", "chunked", "cut"])
+def test_all_labels_ignored(impl):
+    """Nothing was compared: the loss is 0, gradients are there and are 0, no metric is NaN."""
+    for loss in LOSSES.values():
+        layout, hidden, weight, labels, ref = data(loss)
+        hidden.requires_grad_()
+        out = pk.linear_preference_loss(hidden, weight, torch.full_like(labels, -100), layout, loss, ref_logps=ref, impl=impl)
+        out.loss.backward()
+        assert out.loss.item() == 0 and (hidden.grad == 0).all()
+        assert all(m.isfinite() for m in out.metrics.values())
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_a_pair_without_tokens_costs_nothing(impl):
+    logps = -torch.rand(7, device=DEVICE)
+    for granularity in (None, pk.Static(2)):
+        loss = pk.losses.AutoregressiveDPO(granularity=granularity)
+        ref = torch.zeros_like(logps)
+        with_empty = pk.preference_loss(logps, pk.Layout.pairs([3, 0], [4, 0]), loss, ref_logps=ref, normalizer=1, impl=impl)
+        without = pk.preference_loss(logps, pk.Layout.pairs([3], [4]), loss, ref_logps=ref, normalizer=1, impl=impl)
+        assert torch.equal(with_empty.loss, without.loss)
+
+
+def test_normalizer_scales_loss_and_gradient():
+    layout, hidden, weight, labels, ref = data(pk.losses.DPO())
+    hidden.requires_grad_()
+    results = []
+    for normalizer in (None, 12, torch.tensor(12.0, device=DEVICE)):
+        out = pk.linear_preference_loss(hidden, weight, labels, layout, pk.losses.DPO(), ref_logps=ref, normalizer=normalizer)
+        results.append((out.loss.detach(), torch.autograd.grad(out.loss, hidden)[0]))
+    for value, grad in results[1:]:
+        torch.testing.assert_close(value * 4, results[0][0])
+        torch.testing.assert_close(grad * 4, results[0][1])
+
+
+def test_lengths_count_labels_that_count():
+    """SimPO's length is the number of counted tokens: ignoring a label is the same as leaving its row out."""
+    layout, hidden, weight, labels, _ = data(pk.losses.SimPO())
+    kept = labels != -100
+    lengths = [int(k.sum()) for k in kept.split(list(layout.lengths))]
+    smaller = pk.Layout.groups(lengths, layout.group_sizes)
+    whole = pk.linear_preference_loss(hidden, weight, labels, layout, pk.losses.SimPO())
+    dropped = pk.linear_preference_loss(hidden[kept], weight, labels[kept], smaller, pk.losses.SimPO())
+    torch.testing.assert_close(whole.loss, dropped.loss)
+    for name in whole.metrics:
+        torch.testing.assert_close(whole.metrics[name], dropped.metrics[name])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: there is no stream to wait for on a CPU")
+def test_no_host_sync_in_a_step():
+    loss = pk.losses.AutoregressiveDPO(granularity=pk.Adaptive(3))
+    layout, hidden, weight, labels, ref = data(loss)
+    hidden.requires_grad_()
+    for attempt in range(2):  # the first call compiles kernels and copies the layout
+        torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+        try:
+            pk.linear_preference_loss(hidden, weight, labels, layout, loss, ref_logps=ref).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
