@@ -3,12 +3,12 @@
 A problem is a short story with a few numbers and two or three arithmetic steps. Its right solution works every
 step; a slipped solution makes one plausible mistake at one step and carries it on, correctly, to the answer:
 
-    Mia buys 4 pens at 27 dollars each and a bag for 35 dollars. What does Mia pay?
+    Mia buys 4 pens at 7 dollars each and a bag for 35 dollars. What does Mia pay?
 
-    right                                   slipped: the carry of the first step is dropped
-    pens: 4 * 27 = 80 + 28 = 108            pens: 4 * 27 = 80 + 28 = 88
-    all: 108 + 35 = 138 + 5 = 143           all: 88 + 35 = 118 + 5 = 123
-    answer: 143                             answer: 123
+    right                              slipped: the carry is dropped
+    pens: 4 * 7 = 28                   pens: 4 * 7 = 28
+    all: 28 + 35 = 50 + 13 = 63        all: 28 + 35 = 50 + 13 = 53
+    answer: 63                         answer: 53
 
 **Unseen numbers.** A test problem gives only two-digit numbers out of `SPLIT_NUMBERS["test"]`, and no training text
 contains one of these anywhere: not in a problem, not in a right or slipped solution, not as a partial result. The
@@ -34,7 +34,7 @@ SPLIT_NUMBERS: dict[str, tuple[int, ...]] = {
     "validation": _VALIDATION,
     "test": _TEST,
 }
-LARGEST = 199  # no result is larger, none is below 1
+LARGEST = 99  # no result is larger, none is below 1
 NAMES = ("Mia", "Tom", "Ada", "Ben", "Eva", "Sam")
 
 Operand = str | int  # the name of a given number, or the index of an earlier step whose result is meant
@@ -42,7 +42,7 @@ Operand = str | int  # the name of a given number, or the index of an earlier st
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a solution, `label: left op right = ... = result`; of a product, the left factor has one digit."""
+    """One line of a solution, `label: left op right = ... = result`; a product has one-digit factors."""
 
     label: str
     left: Operand
@@ -125,28 +125,30 @@ class Work:
     drops_carry: bool = False
 
     @property
+    def tens(self) -> int:
+        """Tens of both numbers, added or subtracted."""
+        tens, other = self.left // 10 * 10, self.right // 10 * 10
+        return tens - other if self.op == "-" else tens + other
+
+    @property
+    def units(self) -> int:
+        """Units of both numbers, added or subtracted; ten or more is carried, below 0 is borrowed."""
+        return self.left % 10 - self.right % 10 if self.op == "-" else self.left % 10 + self.right % 10
+
+    @property
     def has_carry(self) -> bool:
-        """Whether something is carried: from units to tens, of a product from the units' product to the tens'."""
-        units, other = self.right % 10, self.left % 10
-        if self.op == "*":
-            return self.right >= 10 and self.left * units >= 10
-        return units > other if self.op == "-" else units + other >= 10
+        return self.op != "*" and not 0 <= self.units < 10
 
     @property
     def result(self) -> int:
-        carried = 10 * (self.left * (self.right % 10) // 10) if self.op == "*" else 10
-        if self.op == "-":
-            return self.left - self.right + carried * self.drops_carry
-        return (self.left * self.right if self.op == "*" else self.left + self.right) - carried * self.drops_carry
+        if self.op == "*":
+            return self.left * self.right
+        return self.tens + (self.units % 10 if self.drops_carry else self.units)
 
     def __str__(self) -> str:
-        """The worked equation. The right number is taken apart into tens and units: 38 + 27 = 58 + 7 = 65."""
-        tens, units = self.right - self.right % 10, self.right % 10
-        middle = ""
-        if tens and units:
-            parts = {"*": (self.left * tens, "+", self.left * units), "-": (self.left - tens, "-", units)}
-            middle = " = {} {} {}".format(*parts.get(self.op, (self.left + tens, "+", units)))
-        return f"{self.left} {self.op} {self.right}{middle} = {self.result}"
+        """The worked equation, tens and units apart: 38 + 27 = 50 + 15 = 65, 62 - 27 = 40 - 5 = 35."""
+        parts = "" if self.op == "*" else f" = {self.tens} {'-' if self.units < 0 else '+'} {abs(self.units)}"
+        return f"{self.left} {self.op} {self.right}{parts} = {self.result}"
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class Problem:
             work: Work | None = Work(left, step.op, right)
             if slip is not None and slip[1] == i:
                 work = SLIPS[slip[0]](work, self.given)
-            if work is None or work.right > 99 or not _in_range(work):
+            if work is None or not 1 <= work.result <= LARGEST:
                 return None
             results.append(work.result)
             lines.append(f"{label}: {work}\n")
@@ -195,11 +197,6 @@ class Example:
     @property
     def prompt(self) -> str:
         return self.problem.question + "\n"
-
-
-def _in_range(work: Work) -> bool:
-    difference = work.left - work.right  # the partial result left - tens is no smaller
-    return 1 <= work.result <= LARGEST and (work.op != "-" or difference >= 1)
 
 
 # --- slips: each takes the right work of a step and returns a wrong one, or None where it cannot happen ------------
@@ -229,7 +226,7 @@ def _misread(work: Work, given: dict[str, int]) -> Work | None:
 
 
 SLIPS: dict[str, Callable[[Work, dict[str, int]], Work | None]] = {
-    "carry": _drop_carry,  # 38 + 27 = 58 + 7 = 55
+    "carry": _drop_carry,  # 38 + 27 = 50 + 15 = 55
     "operation": _wrong_operation,  # adds what should be taken away
     "off_by_one": _off_by_one,  # counts one too many
     "swapped": _swapped_operand,  # takes another number of the story
