@@ -249,7 +249,8 @@ def lm_head_forward(
             *parts, labels_N, *stats, N, V, splits, head.ignore_index, BLOCK_N=block_n, num_warps=4
         )
 
-    launch(_configure("lm_head_forward", hidden_ND, V, arch, launch))
+    config = head_config(hidden_ND.dtype, arch, gradient=False)
+    launch(_configure("lm_head_forward", config, hidden_ND, V, arch, launch))
     return stats
 
 
@@ -305,7 +306,8 @@ def lm_head_backward(
         tiles = min(workspace_bytes // (N * config.block_v * hidden_ND.itemsize), triton.cdiv(V, config.block_v))
         return hidden_ND.new_empty((N, max(1, tiles) * config.block_v))
 
-    config = _configure("lm_head_dlogits", hidden_ND, V, arch, lambda c: launch(c, workspace(c), 0))
+    config = head_config(hidden_ND.dtype, arch, gradient=True)
+    config = _configure("lm_head_dlogits", config, hidden_ND, V, arch, lambda c: launch(c, workspace(c), 0))
     slice_NW = workspace(config)
     width = slice_NW.shape[1]
     dhidden = torch.zeros((N, D), dtype=torch.float32, device=device) if needs_hidden else None
@@ -346,14 +348,13 @@ def _options(config: HeadConfig, D: int) -> dict[str, int | bool]:
     )  # fmt: skip
 
 
-def _configure(name: str, hidden_ND: Tensor, V: int, arch: Arch, launch) -> HeadConfig:
-    (N, D), dtype = hidden_ND.shape, hidden_ND.dtype
-    return choose((name, arch, dtype, triton.next_power_of_2(N), D, V), head_config(dtype, arch), launch)
+def _configure(name: str, config: HeadConfig, hidden_ND: Tensor, V: int, arch: Arch, launch) -> HeadConfig:
+    N, D = hidden_ND.shape
+    return choose((name, arch, hidden_ND.dtype, triton.next_power_of_2(N), D, V), config, launch)
 
 
 def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
     """What to compile ahead of time: forward and gradient kernel with no option and with every one, and the combine."""
-    config = head_config(dtype, arch)
     x, f = f"*{TYPE_NAMES[dtype]}", "*fp32"
     shapes = {name: "i32" for name in ("stride_hn", "stride_wv", "N", "D", "V")}
     common = {"hidden_ptr": x, "weight_ptr": x, "labels_ptr": "*i64", "in_scale": "fp32", "out_scale": "fp32"} | shapes
@@ -366,6 +367,7 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
     ]
     found = []
     for name, kernel, required, optional in kernels:
+        config = head_config(dtype, arch, gradient=kernel is lm_head_dlogits_kernel)
         for variant, given, absent in (("plain", {}, dict.fromkeys(optional)), ("full", optional, {})):
             options = _options(config, D=4096 if variant == "plain" else 4112)
             warps, stages = options.pop("num_warps"), options.pop("num_stages")

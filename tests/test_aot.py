@@ -1,0 +1,107 @@
+"""Every kernel compiles for every processor we name, in every dtype, with no spills: no GPU needed.
+
+Interpreted functions cannot be compiled, so each compilation runs in a fresh process that does not interpret.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import pytest
+
+pytest.importorskip("triton")
+from prefkern.kernels.aot import DTYPES
+from prefkern.kernels.tuning import ARCHS
+
+# One dtype keeps the default run short; CI compiles all.
+CASES = [
+    pytest.param(arch, dtype, marks=[] if dtype == "bf16" else pytest.mark.slow, id=f"{arch}-{dtype}")
+    for arch, dtype in product(ARCHS, DTYPES)
+]
+# Kernels whose matmul has to use the newest matrix instruction of these.
+NEWEST = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma", "sm_80": "mma.sync"}
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """Run this interpreter on some arguments in an environment that compiles; returns its standard output."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+
+    def run(*args: str) -> str:
+        done = subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True)
+        assert done.returncode in (0, 1) and not done.stderr, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def compiled(python, request):
+    """Compilations of the selected cases, under way side by side."""
+    selected = [item.callspec.params for item in request.session.items if item.name.startswith("test_defaults[")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        arguments = ("-m", "prefkern.kernels.aot", "--json")
+        yield {
+            (c["arch"], c["dtype"]): pool.submit(python, *arguments, "--arch", c["arch"], "--dtype", c["dtype"])
+            for c in selected
+        }
+
+
+@pytest.mark.parametrize("arch, dtype", CASES)
+def test_defaults(arch, dtype, compiled):
+    reports = [json.loads(line) for line in compiled[arch, dtype].result().splitlines()]
+    names = [report["name"] for report in reports]
+    for module in ("row_softmax_forward", "row_softmax_backward", "lm_head_forward", "lm_head_dlogits", "lm_head_combine"):
+        assert any(name.startswith(module) for name in names)
+    assert {report["name"]: report["fault"] for report in reports if report["fault"]} == {}
+    if dtype != "fp32":
+        matmuls = [r for r in reports if r["name"].startswith(("lm_head_forward", "lm_head_dlogits"))]
+        assert {r["matrix_instruction"] for r in matmuls} == {NEWEST[arch]}
+
+
+PROBE = """
+import sys
+from dataclasses import replace
+import torch
+from prefkern.kernels.aot import ARCHS, compile_for
+from prefkern.kernels.lm_head import specializations
+arch, tile, options = ARCHS[sys.argv[1]], eval(sys.argv[2]), eval(sys.argv[3])
+spec = next(s for s in specializations(arch, torch.bfloat16) if s.name == "lm_head_forward plain")
+spec = replace(spec, constexprs=spec.constexprs | tile, **options)
+print(compile_for(spec, arch).fault(spec, arch))
+"""
+
+
+@pytest.mark.parametrize(
+    "arch, tile, options, fault",
+    [
+        ("sm_90", dict(BLOCK_N=128, BLOCK_V=256), dict(num_warps=4), "spills: "),
+        ("gfx942", dict(BLOCK_N=128, BLOCK_V=512), dict(), "spills: "),
+        ("sm_80", dict(BLOCK_D=128), dict(num_stages=4), "bytes of shared memory, sm_80 has 166912"),
+        ("sm_80", dict(), dict(), "None"),
+    ],
+    ids=["spills", "spills on AMD", "shared memory", "none"],
+)
+def test_a_configuration_that_is_too_large_is_reported(arch, tile, options, fault, python):
+    assert fault in python("-c", PROBE, arch, repr(tile), repr(options))
+
+
+MISSING = """
+from dataclasses import replace
+import torch
+from prefkern.kernels.aot import ARCHS, compile_for
+from prefkern.kernels.row_softmax import specializations
+spec = specializations(ARCHS["sm_90"], torch.bfloat16)[0]
+try:
+    compile_for(replace(spec, constexprs=spec.constexprs | {"BLOCK": 1}), ARCHS["sm_90"])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_signature_that_does_not_fit_the_kernel_is_named(python):
+    assert "arguments ['BLOCK'] are missing or unknown" in python("-c", MISSING)
