@@ -141,6 +141,17 @@ def test_chains_without_rows(layout, monkeypatch):
     torch.testing.assert_close(value[empty], torch.full_like(value[empty], 0.6931471805599453), rtol=1e-7, atol=0)
 
 
+def test_rows_outside_every_segment_get_zero_gradient(monkeypatch):
+    """A Layout covers every row; an index built by hand need not."""
+    poison(monkeypatch)
+    logits, labels, _ = problem(Layout.pairs([3], [3]), 11)
+    labels = labels.clamp(min=0)
+    index = Layout.pairs([3], [3]).index(DEVICE)
+    index = index._replace(segment_end_S=index.segment_end_S - 1)
+    *_, g = fused_logits_forward(logits.to(DEVICE), labels.to(DEVICE), Head(), index, links.logistic, (1.0,))
+    assert (g == 0).tolist() == [False, False, True, False, False, True]
+
+
 class Counted:
     """Stands for a kernel and counts its launches."""
 

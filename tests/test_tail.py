@@ -167,10 +167,17 @@ def test_group_of_weight_zero_takes_no_part_even_where_its_score_is_not_finite()
     layout = Layout.pairs([3, 2], [2, 4])
     logps, _ = rows(layout)
     logps[0] = float("-inf")
-    value, score, g = tail(
-        logps.to(DEVICE), layout.index(DEVICE), links.logistic, (0.1,), weight_G=torch.tensor([0.0, 1.0], device=DEVICE)
-    )
+    weight = torch.tensor([0.0, 1.0], device=DEVICE)
+    value, score, g = tail(logps.to(DEVICE), layout.index(DEVICE), links.squared, weight_G=weight)
     assert score[0] == float("-inf") and value[0] == 0 and (g[:5] == 0).all() and (g[5:] != 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_rows_of_weight_zero_have_gradient_zero_even_where_their_group_is_not_finite():
+    logps = torch.tensor([float("-inf"), -1.0, -2.0], device=DEVICE)
+    weights = torch.tensor([1.0, 0.0, 0.5], device=DEVICE)
+    _, score, g = tail(logps, Layout.pairs([2], [1]).index(DEVICE), links.squared, token_weights_N=weights)
+    assert score.tolist() == [float("-inf"), -1.0] and g.tolist() == [float("-inf"), 0.0, float("inf")]
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
