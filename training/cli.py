@@ -87,7 +87,8 @@ def _train(args: argparse.Namespace) -> int:
     from prefkern.training.run import run_training  # imports transformers: only once the configuration can be read
 
     result = run_training(config)
-    print(f"model    {result.model}\nmetrics  {result.output / 'metrics.jsonl'}\ncurves   {result.curves}")
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        print(f"model    {result.model}\nmetrics  {result.output / 'metrics.jsonl'}\ncurves   {result.curves}")
     return 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def load_tokenizer(config: ModelConfig):
             name, revision=None if config.tokenizer else config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # transformers raises many kinds for an unreadable folder or an unknown name
-        raise ModelError(f"no tokenizer can be loaded from {key}={name!r}: {_first_line(error)}") from error
+        raise ModelError(_unloadable("tokenizer", key, name, error)) from error
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
             raise ModelError(f"model.eos_token={config.eos_token!r} is not a token of {name!r}: choose one that is")
@@ -60,7 +61,7 @@ def load_model_config(config: ModelConfig):
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        raise ModelError(f"no model can be loaded from model.name={config.name!r}: {_first_line(error)}") from error
+        raise ModelError(_unloadable("model", "model.name", config.name, error)) from error
 
 
 def load_model(config: ModelConfig) -> nn.Module:
@@ -81,7 +82,7 @@ def load_model(config: ModelConfig) -> nn.Module:
             **options,
         )
     except Exception as error:
-        raise ModelError(f"no model can be loaded from model.name={config.name!r}: {_first_line(error)}") from error
+        raise ModelError(f"the model {config.name!r} cannot be loaded, check the model section: {_first_line(error)}") from error
     pack_forward(model)
     check_model(model)
     return add_adapters(model, config.lora, config.gradient_checkpointing) if config.lora else model
@@ -230,6 +231,12 @@ def _packing_errors(base: nn.Module, weight: Tensor) -> tuple[float, float]:
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
     z = logit_scale * nn.functional.linear(hidden, weight, bias).float()
     return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _unloadable(kind: str, key: str, name: str, error: Exception) -> str:
+    if not Path(name).expanduser().exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        return f"there is no folder {key}={name!r}: check the path"
+    return f"no {kind} can be loaded from {key}={name!r}, a folder or a name on the hub; check it: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

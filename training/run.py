@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefkern.losses import Loss
+from prefkern.planner import plan
 from prefkern.training.callbacks import JsonlMetrics, LinePrinter, ProgressBar, read_metrics
 from prefkern.training.config import Config
 from prefkern.training.data import prepare_dataset
@@ -26,9 +27,6 @@ from prefkern.training.reference import add_reference_logps, resolve_reference
 from prefkern.training.resolve import cuts_from_data, resolve_loss, resolve_trainer, resolved, training_arguments
 from prefkern.training.sources import load_splits
 from prefkern.training.trainer import PreferenceTrainer
-
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -63,6 +61,7 @@ def run_training(config: Config) -> RunResult:
     reference = resolve_reference(config.reference.mode, loss)
     options = resolve_trainer(config, loss.arity)
     args = training_arguments(options, config.run.output)
+    _check_head(config, args)
     output = Path(config.run.output)
     checkpoint = _start(output, config.run.resume)
     transformers.set_seed(args.seed)  # before adapters are initialised
@@ -109,6 +108,15 @@ def last_checkpoint(output: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def _check_head(config: Config, args: TrainingArguments) -> None:
+    """Raise ConfigError where the body that the configuration asks for cannot run on this machine."""
+    head = config.model.head
+    try:
+        plan((1, 1, 1), torch.float32, args.device, grad_hidden=True, grad_head=True, impl=head.impl)
+    except RuntimeError as error:
+        raise ConfigError(f"model.head.impl={head.impl!r} cannot run: {error}") from error
 
 
 def _step(checkpoint: Path) -> int:

@@ -140,9 +140,10 @@ class PreferenceTrainer(Trainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As Trainer.evaluation_loop, with the training metrics, exact means over the whole set, under the prefix.
+        """As Trainer.evaluation_loop, with the training metrics under the prefix, as means over the whole set.
 
-        Random numbers drawn here (a data loader draws one) are given back: evaluating changes nothing in training.
+        On several processes accelerate repeats a few rows to fill the last batches, and these count twice. Random
+        numbers drawn here (a data loader draws one) are given back: evaluating changes nothing in training.
         """
         self._eval_window = MetricWindow()
         with torch.random.fork_rng(devices=[]):
