@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from bench.suites import BASELINE, CEILING, DEVICE, DTYPES, SUITES, Shape
+from bench.suites import BASELINE, CEILING, DEVICE, DTYPES, SUITES, Results, Shape
 
 # Errors that nobody can complain of, in units of the dtype's rounding and relative to the largest value: the project's
 # bound is twice the baseline's error plus one unit; the baselines themselves must be right to a few.
@@ -83,12 +83,15 @@ def main(case: Case, truth: Path) -> Outcome:
     peak = _peak() - before
     if case.provider == CEILING:
         return Outcome(peak / 2**20, {})
-    expected = torch.load(truth, map_location=DEVICE)
-    error = {
-        name: ((result.double() - expected[name]).abs().max() / expected[name].abs().max()).item()
-        for name, result in suite.sample(results, inputs).items()
+    return Outcome(peak / 2**20, errors(suite.sample(results, inputs), torch.load(truth, map_location=DEVICE)))
+
+
+def errors(results: Results, truth: Results) -> dict[str, float]:
+    """Largest error of each result, divided by the largest true value."""
+    return {
+        name: ((result.double() - truth[name]).abs().max() / truth[name].abs().max()).item()
+        for name, result in results.items()
     }
-    return Outcome(peak / 2**20, error)
 
 
 def _reset_peak() -> int:

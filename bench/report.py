@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+import prefkern
 from bench.suites import BASELINE, CEILING, SUITES, Shape
 
-PACKAGES = ("prefkern", "torch", "triton")
+PACKAGES = ("torch", "triton")
 COLUMNS = ("suite", "dtype", "pass", "provider", "median ms", "ratio", "peak extra MiB", "of matmul rate", "error")
 
 
@@ -61,7 +62,7 @@ def provenance(results: Mapping[str, Any]) -> dict[str, Any]:
             versions[package] = None
     return {
         "date": results["datetime"], "commit": commit.get("id"), "uncommitted_changes": commit.get("dirty"),
-        "python": machine["python_version"], **versions, "cpu": machine.get("cpu", {}).get("brand_raw"),
+        "python": machine["python_version"], "prefkern": prefkern.__version__, **versions, "cpu": machine.get("cpu", {}).get("brand_raw"),
         "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
 
@@ -94,7 +95,7 @@ def main(path: Path) -> None:
     print(table(records))
     print(f"\nN {shape.n}, D {shape.d}, V {shape.v}; {origin['gpu'] or origin['cpu']}, {origin['threads']} threads, torch {origin['torch']}")
     print("ratio: to plain torch; error: largest, of all results, against float64 and relative to the largest value")
-    print(f"{lines}")
+    print(f"as JSON lines: {lines}")
 
 
 if __name__ == "__main__":
