@@ -14,8 +14,8 @@ def main() -> int:
     """Exit status of pytest; the table holds every case that was measured, also when another failed."""
     results = FOLDER / "results" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
     results.parent.mkdir(exist_ok=True)
-    pytest = [sys.executable, "-m", "pytest", str(FOLDER), "-p", "no:cacheprovider", f"--benchmark-json={results}", "--benchmark-quiet"]
-    status = subprocess.run([*pytest, *sys.argv[1:]], cwd=FOLDER.parent).returncode
+    options = [str(FOLDER), "-p", "no:cacheprovider", f"--benchmark-json={results}", "--benchmark-quiet", *sys.argv[1:]]
+    status = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=FOLDER.parent).returncode
     if results.exists() and results.stat().st_size:
         report.main(results)
     return status

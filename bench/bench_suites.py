@@ -16,7 +16,7 @@ from bench.suites import BASELINE, DEVICE, DTYPES, SUITES, Shape
 def pytest_generate_tests(metafunc) -> None:
     options = metafunc.config.option
     cases = [
-        pytest.param(Case(suite.name, provider, dtype, kind, options.shape), id=f"{round_}-{suite.name}-{dtype}-{kind}-{provider}")
+        pytest.param(case := Case(suite.name, provider, dtype, kind, options.shape), id=f"{case}-{round_}")
         for suite in SUITES.values()
         for dtype in DTYPES
         for kind in suite.flops

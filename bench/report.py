@@ -42,10 +42,10 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         baseline, ceiling = medians.get((suite, dtype, kind, BASELINE)), medians.get((suite, dtype, "forward", CEILING))
         flops = SUITES[suite].flops[kind]
         records.append({
-            "suite": suite, "dtype": dtype, "pass": kind, "provider": provider, "median_s": median, "times_s": times[key],
-            "ratio": median / baseline if baseline else None,
-            "peak_extra_mib": info[key]["peak_mib"],
+            "suite": suite, "dtype": dtype, "pass": kind, "provider": provider,
+            "median_s": median, "times_s": times[key], "ratio": median / baseline if baseline else None,
             "of_matmul": flops / 2 * ceiling / median if ceiling and flops else None,
+            "peak_extra_mib": info[key]["peak_mib"],
             "error": info[key]["error"], "shape": info[key]["shape"], "device": info[key]["device"],
         })  # fmt: skip
     return records
@@ -62,8 +62,9 @@ def provenance(results: Mapping[str, Any]) -> dict[str, Any]:
             versions[package] = None
     return {
         "date": results["datetime"], "commit": commit.get("id"), "uncommitted_changes": commit.get("dirty"),
-        "python": machine["python_version"], "prefkern": prefkern.__version__, **versions, "cpu": machine.get("cpu", {}).get("brand_raw"),
-        "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": machine["python_version"], "prefkern": prefkern.__version__, **versions,
+        "cpu": machine.get("cpu", {}).get("brand_raw"), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
 
 
@@ -77,7 +78,11 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             f"{r['peak_extra_mib']:.0f}", _text(r["of_matmul"], ".2f"), _text(error, ".1e"),
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-    aligned = ["  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
+    left = COLUMNS.index("median ms")
+    aligned = []
+    for row in cells:
+        padded = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        aligned.append("  ".join(padded))
     return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
 
 
@@ -93,7 +98,8 @@ def main(path: Path) -> None:
     lines.write_text("".join(json.dumps({**origin, **record}) + "\n" for record in records))
     shape = Shape(*records[0]["shape"])
     print(table(records))
-    print(f"\nN {shape.n}, D {shape.d}, V {shape.v}; {origin['gpu'] or origin['cpu']}, {origin['threads']} threads, torch {origin['torch']}")
+    machine = origin["gpu"] or f"{origin['cpu']}, {origin['threads']} threads"
+    print(f"\nN {shape.n}, D {shape.d}, V {shape.v}; {machine}; torch {origin['torch']}")
     print("ratio: to plain torch; error: largest, of all results, against float64 and relative to the largest value")
     print(f"as JSON lines: {lines}")
 

@@ -150,7 +150,10 @@ def _torch_dpo(inputs: TailInputs, logps: Tensor) -> Tensor:
 
 
 def _prefkern_dpo(impl: str) -> Callable[[TailInputs, Tensor], Tensor]:
-    return lambda inputs, logps: pk.preference_loss(logps, inputs.layout, inputs.loss, inputs.ref_logps_N, impl=impl).loss
+    def loss(inputs: TailInputs, logps: Tensor) -> Tensor:
+        return pk.preference_loss(logps, inputs.layout, inputs.loss, inputs.ref_logps_N, impl=impl).loss
+
+    return loss
 
 
 class Tail:

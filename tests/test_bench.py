@@ -44,7 +44,8 @@ def test_a_wrong_result_is_not_timed():
 def test_truth_is_the_gradient_in_float64():
     suite = SUITES["head"]
     inputs = suite.inputs(TINY, "fp32")
-    double = inputs._replace(**{name: getattr(inputs, name).double() for name in ("hidden_ND", "weight_VD", "upstream_N")})
+    names = ("hidden_ND", "weight_VD", "upstream_N")
+    double = inputs._replace(**{name: getattr(inputs, name).double() for name in names})
     hidden, weight = double.hidden_ND.requires_grad_(), double.weight_VD.requires_grad_()
     logps = (hidden @ weight.T).log_softmax(-1).gather(1, inputs.labels_N[:, None])[:, 0]
     grads = torch.autograd.grad(logps, (hidden, weight), double.upstream_N)

@@ -60,7 +60,8 @@ def archives(tree: Path) -> dict[str, Path]:
     dist = tree.parent / "dist"
     dist.mkdir()
     for what in ("sdist", "wheel"):
-        run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_{what}({str(dist)!r})", cwd=tree)
+        script = f"from setuptools import build_meta; build_meta.build_{what}({str(dist)!r})"
+        run(sys.executable, "-c", script, cwd=tree)
     shutil.rmtree(tree / "build", ignore_errors=True)
     return {"wheel": next(dist.glob("*.whl")), "sdist": next(dist.glob("*.tar.gz"))}
 
