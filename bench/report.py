@@ -81,8 +81,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     left = COLUMNS.index("median ms")
     aligned = []
     for row in cells:
-        padded = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        aligned.append("  ".join(padded))
+        names = [cell.ljust(width) for cell, width in zip(row[:left], widths[:left], strict=True)]
+        figures = [cell.rjust(width) for cell, width in zip(row[left:], widths[left:], strict=True)]
+        aligned.append("  ".join(names + figures))
     return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
 
 
