@@ -9,7 +9,6 @@ that is, without TRITON_INTERPRET.
 
 import argparse
 import importlib
-import importlib.util
 import json
 import re
 import subprocess
@@ -71,7 +70,8 @@ def compile_for(spec: Specialization, arch: Arch) -> Report:
         raise ValueError(f"{spec.name}: arguments {sorted(given ^ set(arguments))} are missing or unknown")
     signature = {name: spec.signature.get(name, "constexpr") for name in arguments}
     constants = {(arguments.index(name),): value for name, value in spec.constexprs.items()}
-    aligned = [n for n, kind in spec.signature.items() if kind.startswith("*") or n in spec.divisible]
+    anywhere = {p.name for p in spec.kernel.params if p.do_not_specialize_on_alignment}
+    aligned = [n for n, kind in spec.signature.items() if n in spec.divisible or kind.startswith("*") and n not in anywhere]
     attrs = {(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(spec.kernel, signature, constants, attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}

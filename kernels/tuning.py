@@ -166,7 +166,8 @@ class Specialization:
         name: what the table shows.
         kernel: the @triton.jit function.
         signature: triton type of each run-time argument: "*bf16", "i64", "i32", "fp32", ... Pointers are taken as
-            16-byte aligned, and so are integers listed in `divisible` (strides, mostly).
+            16-byte aligned unless the kernel does not specialise on it; so are integers listed in `divisible` (strides,
+            mostly).
         constexprs: value of each other argument; None for a pointer that is not given, 1 for a unit stride.
         num_warps, num_stages: launch options.
         tensor_cores: whether its matmul has to run on them.
