@@ -44,16 +44,18 @@ def forward(
         chunk = slice(i, min(i + step, n))
         logits = torch.mm(hidden_ND[chunk], weight_VD.t(), out=scratch[: chunk.stop - i])
         labels = labels_N[chunk]
-        if gradient and rows is torch_rows:
-            stats = rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, gradient=True, **want)
+        if not gradient:
+            parts.append(rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, **want))
+        elif rows is torch_rows:  # leaves p - onehot; sign and scale are applied to the product, which is smaller
+            parts.append(rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, gradient=True, **want))
+            scale = (labels != head.ignore_index) * (-head.logit_scale / head.temperature)
+            torch.mm(logits, weight_VD, out=unit_ND[chunk]).mul_(scale[:, None])
         else:
             stats = rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, **want)
-            if gradient:
-                one = torch.ones_like(stats.lse)
-                rows.row_softmax_backward(logits, labels, stats.lse, one, head, bias_V=bias_V, out=logits)
-        if gradient:
+            one = torch.ones_like(stats.lse)
+            rows.row_softmax_backward(logits, labels, stats.lse, one, head, bias_V=bias_V, out=logits)
             torch.mm(logits, weight_VD, out=unit_ND[chunk])
-        parts.append(stats)
+            parts.append(stats)
     if not parts:
         parts = [torch_rows.row_softmax_forward(scratch, labels_N, head, **want)]
     return RowStats(*(None if column[0] is None else torch.cat(column) for column in zip(*parts))), unit_ND

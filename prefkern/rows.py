@@ -39,7 +39,8 @@ def row_softmax_forward(
         labels_N: (N,) int64 in [0, V), or head.ignore_index. Another value gives a NaN log-probability.
         head: the transform between raw logits and softmax.
         bias_V: (V,), added to the raw logits.
-        gradient: leave d logp_n / d logits_n in the place of the logits (zero rows where ignored).
+        gradient: leave (p - onehot), times the softcap's slope, in the place of the logits. d logp_n / d logits_n is
+            that times -logit_scale / temperature, and 0 where ignored: factors that are cheaper to apply later.
     Returns:
         RowStats, fp32.
     """
@@ -64,26 +65,21 @@ def _forward_piece(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | No
     logps, lse, entropy, is_top1, mean_logit = out
     z = _transform(logits, head, bias)
     label = labels.clamp(0, z.shape[1] - 1)[:, None]
-    z_label = z.gather(1, label)
-    top = z.amax(1, keepdim=True)
+    z_label, top = z.gather(1, label), z.amax(1, keepdim=True)
     if is_top1 is not None:
         torch.ge(z_label, top, out=is_top1[:, None])
     if mean_logit is not None:
         torch.mean(z, 1, out=mean_logit)
+    p = z.softmax(1)
+    log_total = p.amax(1, keepdim=True).log_().neg_()  # the largest p is 1 / sum exp(z - top), and never underflows
+    torch.add(top, log_total, out=lse[:, None])
+    torch.sub(z_label - top, log_total, out=logps[:, None])
     slope = _slope(z, head) if gradient else None
-    shift = top.masked_fill(top.isneginf(), 0)  # a row of -inf alone: lse is -inf, not NaN
-    z.sub_(shift)
-    exp = z.exp() if entropy is not None else z.exp_()
-    total = exp.sum(1, keepdim=True)
-    log_total = total.log()
-    torch.add(shift, log_total, out=lse[:, None])
-    torch.sub(z_label - shift, log_total, out=logps[:, None])
     if entropy is not None:
-        torch.sub(log_total[:, 0], z.clamp_(min=-1e30).mul_(exp).sum(1) / total[:, 0], out=entropy)
+        torch.sub(log_total[:, 0], z.sub_(top).clamp_(min=-1e30).mul_(p).sum(1), out=entropy)
     if gradient:
-        valid = (labels != head.ignore_index)[:, None].to(exp.dtype)
-        exp.mul_(-valid / total).scatter_add_(1, label, valid)
-        logits.copy_(exp.mul_(slope))
+        p.scatter_add_(1, label, -torch.ones_like(z_label))
+        logits.copy_(p if slope is None else p.mul_(slope))
 
 
 def row_softmax_backward(
@@ -116,7 +112,7 @@ def row_softmax_backward(
     valid = labels_N != head.ignore_index
 
     def upstream(g: Tensor) -> Tensor:
-        g = torch.where(valid, g, 0.0)
+        g = torch.where(valid, g * (head.logit_scale / head.temperature), 0.0)
         return g[:, None] if grad_scale is None else (g * grad_scale)[:, None]
 
     g, e = upstream(grad_logps_N), None if grad_entropy_N is None else upstream(grad_entropy_N)
@@ -135,7 +131,7 @@ def row_softmax_backward(
             dz = log_p.clamp_(min=-1e30).add_(entropy_N[piece, None]).mul_(e[piece])
             dz = dz.add_(g[piece]).mul_(p).neg_()
         dz.scatter_add_(1, label[piece], hit[piece])
-        out[piece].copy_(dz.mul_(slope))
+        out[piece].copy_(dz if slope is None else dz.mul_(slope))
     return out
 
 
@@ -155,12 +151,11 @@ def _transform(logits: Tensor, head: Head, bias: Tensor | None) -> Tensor:
     return z.div_(head.temperature) if head.temperature != 1.0 else z
 
 
-def _slope(z: Tensor, head: Head) -> Tensor | float:
-    """dz/dz0 = (1 - (z * temperature / softcap)^2) * logit_scale / temperature."""
-    slope = head.logit_scale / head.temperature
+def _slope(z: Tensor, head: Head) -> Tensor | None:
+    """The part of dz/dz0 that differs between elements: 1 - (z * temperature / softcap)^2, None without a softcap."""
     if head.softcap is None:
-        return slope
-    return z.mul(head.temperature / head.softcap).square_().neg_().add_(1).mul_(slope)
+        return None
+    return z.mul(head.temperature / head.softcap).square_().neg_().add_(1)
 
 
 def implementation(device: torch.device) -> ModuleType:
