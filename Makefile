@@ -30,7 +30,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .benchmarks bench/results
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A Python without ensurepip (Debian splits it off) makes an environment without pip; its own pip then fills it.

@@ -16,6 +16,7 @@ from prefkern import losses  # noqa: E402 - the path above must be set first
 from prefkern.granularity import Adaptive, Boundaries, Static  # noqa: E402
 from prefkern.head import Head  # noqa: E402
 from prefkern.layout import Layout  # noqa: E402
+from prefkern.packing import Packed, pack  # noqa: E402
 from prefkern.planner import explain  # noqa: E402
 from prefkern.preference import (  # noqa: E402
     PreferenceOutput,
@@ -26,6 +27,7 @@ from prefkern.preference import (  # noqa: E402
 from prefkern.token_logps import TokenLogpsOutput, logits_token_logps, token_logps  # noqa: E402
 
 __all__ = [
-    "Adaptive", "Boundaries", "Head", "Layout", "PreferenceOutput", "Static", "TokenLogpsOutput", "explain",
-    "linear_preference_loss", "logits_preference_loss", "logits_token_logps", "losses", "preference_loss", "token_logps",
+    "Adaptive", "Boundaries", "Head", "Layout", "Packed", "PreferenceOutput", "Static", "TokenLogpsOutput", "explain",
+    "linear_preference_loss", "logits_preference_loss", "logits_token_logps", "losses", "pack", "preference_loss",
+    "token_logps",
 ]  # fmt: skip

@@ -180,6 +180,21 @@ def test_lengths_count_labels_that_count():
         torch.testing.assert_close(whole.metrics[name], dropped.metrics[name])
 
 
+def test_padded_batches_are_packed():
+    hidden, labels = torch.randn(4, 6, 8, device=DEVICE), torch.randint(0, 9, (4, 6), device=DEVICE)
+    lengths = [3, 6, 0, 2]
+    for row, n in enumerate(lengths):
+        labels[row, n:] = -100
+    packed = pk.pack(hidden, labels)
+    assert packed.lengths == (3, 6, 0, 2)
+    assert torch.equal(packed.hidden, torch.cat([hidden[i, :n] for i, n in enumerate(lengths)]))
+    assert torch.equal(packed.labels, labels[labels != -100])
+    first = pk.pack(hidden, labels, mask=torch.arange(6, device=DEVICE).expand(4, 6) < 1)
+    assert first.lengths == (1, 1, 1, 1)
+    with pytest.raises(ValueError, match="must be"):
+        pk.pack(hidden, labels[:, :3])
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: there is no stream to wait for on a CPU")
 def test_no_host_sync_in_a_step():
     loss = pk.losses.AutoregressiveDPO(granularity=pk.Adaptive(3))
