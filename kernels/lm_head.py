@@ -106,7 +106,7 @@ def lm_head_forward_kernel(
         mask_v = (offs_v < V)[None, :]
         if WANT_MEAN:
             total_n += tl.sum(tl.where(mask_v, z, 0.0), axis=1)
-        is_label = (offs_v[None, :] == label_n[:, None]) & mask_v
+        is_label = offs_v[None, :] == label_n[:, None]  # past V only for a label that finish_stats turns into NaN
         z_label_n += tl.sum(tl.where(is_label, z, 0.0), axis=1)
         z = tl.where(mask_v, z, float("-inf"))
         max_n, sum_n, dot_n = online_update(z, max_n, sum_n, dot_n, WANT_ENTROPY)

@@ -14,6 +14,9 @@ import triton.language as tl
 
 from prefkern.head import Head
 
+# Below it exp is 0 in fp32 by far; a finite stand-in for -inf where it is multiplied by that 0.
+LOG_ZERO = tl.constexpr(-1e4)
+
 
 def transform_args(head: Head) -> dict[str, float | bool]:
     """Keyword arguments of a kernel that uses `transform`: two run-time scalars and a constexpr."""
@@ -65,7 +68,7 @@ def online_update(z, max_n, sum_n, dot_n, WANT_ENTROPY: tl.constexpr):
     decay_n = tl.exp(max_n - finite_max_n)
     if WANT_ENTROPY:
         shift_n = tl.where(max_n == float("-inf"), 0.0, max_n - finite_max_n)
-        tile_dot_n = tl.sum(e * tl.where(e > 0.0, d, 0.0), axis=1)  # 0 log 0 = 0
+        tile_dot_n = tl.sum(e * tl.maximum(d, LOG_ZERO), axis=1)
         dot_n = decay_n * (dot_n + shift_n * sum_n) + tile_dot_n
     sum_n = decay_n * sum_n + tl.sum(e, axis=1)
     return new_max_n, sum_n, dot_n
@@ -83,5 +86,5 @@ def label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, 
     if HAS_ENTROPY:
         # The rows' share first: one value less to keep for each logit.
         pull_n = grad_logp_n + grad_entropy_n * entropy_n
-        pull = pull_n[:, None] + grad_entropy_n[:, None] * tl.where(p > 0.0, logp, 0.0)
+        pull = pull_n[:, None] + grad_entropy_n[:, None] * tl.maximum(logp, LOG_ZERO)
     return tl.where(is_label, grad_logp_n[:, None], 0.0) - p * pull
