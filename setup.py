@@ -48,6 +48,7 @@ setup(
         "tensorboard>=2.14",
         "tokenizers>=0.21",
         "torch>=2.8",
+        "tqdm>=4.66",
         "transformers>=5",
         "triton>=3.4; platform_system == 'Linux'",  # elsewhere the eager and chunked bodies do the work
         "xxhash>=3",
