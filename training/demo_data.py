@@ -10,11 +10,10 @@ step; a slipped solution makes one plausible mistake at one step and carries it 
     all: 28 + 35 = 50 + 13 = 63        all: 28 + 35 = 50 + 13 = 53
     answer: 63                         answer: 53
 
-**Unseen numbers.** A test problem gives only two-digit numbers out of `SPLIT_NUMBERS["test"]`, and no training text
-contains one of these anywhere: not in a problem, not in a right or slipped solution, not as a partial result. The
-same holds for validation. Held out are numbers that no multiplication table up to 9 * 9 contains, or the tables
-could not be learnt. The one-digit numbers 2 to 9 are shared by all splits: digits are tokens, so the model has to
-read an unseen 37 as a 3 and a 7 that it knows from other numbers.
+**Unseen numbers.** The two-digit numbers that problems give are dealt into three disjoint sets, `SPLIT_NUMBERS`: no
+number that a test problem gives is given by any problem of training or validation. (It may occur there as a result:
+a model that never met the digits 3 and 7 side by side could not write 37.) The one-digit numbers 2 to 9 are shared
+by all splits. Digits are tokens, so an unseen 37 is read as a 3 and a 7 known from other numbers.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Spread by hand over tens and units; 11 to 99 without the multiples of ten and the products of two digits.
-_TEST = (13, 19, 26, 34, 37, 43, 52, 58, 61, 67, 75, 79, 86, 92)
-_VALIDATION = (17, 29, 31, 46, 53, 68, 74, 83)
+# Spread by hand over tens and units.
+_TEST = (13, 19, 26, 34, 37, 43, 52, 58, 61, 67, 75, 86)
+_VALIDATION = (17, 29, 31, 46, 68, 74)
 SPLIT_NUMBERS: dict[str, tuple[int, ...]] = {
     "train": tuple(n for n in range(11, 100) if n not in _TEST + _VALIDATION),
     "validation": _VALIDATION,
@@ -237,11 +236,6 @@ SLIPS: dict[str, Callable[[Work, dict[str, int]], Work | None]] = {
 # --- drawing -------------------------------------------------------------------------------------------------------
 
 
-def numbers_in(text: str) -> set[int]:
-    """All whole numbers written in a text."""
-    return {int(n) for n in re.findall(r"\d+", text)}
-
-
 def read_answer(solution: str) -> int | None:
     """The number after `answer:`, None where a solution has none."""
     found = re.search(r"answer: (\d+)", solution)
@@ -260,14 +254,11 @@ def draw_examples(count: int, split: str, seed: int, pitfall_share: float, taken
     """
     rng = random.Random(f"{split} {seed}")
     taken = set() if taken is None else taken
-    banned = set(_TEST + _VALIDATION) if split == "train" else set()
     examples: list[Example] = []
     while len(examples) < count:
         family = list(FAMILIES)[len(examples) % len(FAMILIES)]
         example = _draw(family, SPLIT_NUMBERS[split], rng, pitfall_share)
         if example is None or example.problem.question in taken:
-            continue
-        if banned & numbers_in(example.prompt + example.chosen + " " + example.rejected):
             continue
         taken.add(example.problem.question)
         examples.append(example)
