@@ -13,6 +13,8 @@ is all it needs. Logits, row sums and z are fp32. Every sum has a fixed order: d
 Source: Wijmans et al. 2024, arXiv:2411.09009 (forward); the slices are ours.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from prefkern.head import Head, RowStats
 
-from .logits import label_logp_grad, online_update, transform, transform_args, transform_grad
+from .logits import label_column, label_logp_grad, online_update, transform, transform_args, transform_grad
 from .row_softmax import empty_stats, finish_stats
 from .tuning import (
     TYPE_NAMES,
@@ -88,7 +90,7 @@ def lm_head_forward_kernel(
     pid_n, pid_s = grouped_order(tl.program_id(0), tl.cdiv(N, BLOCK_N), splits, GROUP_N)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    label_n = tl.load(labels_ptr + rows)
+    column_n = label_column(tl.load(labels_ptr + rows), V)
 
     max_n = tl.full([BLOCK_N], float("-inf"), tl.float32)
     sum_n = tl.zeros([BLOCK_N], tl.float32)
@@ -106,7 +108,7 @@ def lm_head_forward_kernel(
         mask_v = (offs_v < V)[None, :]
         if WANT_MEAN:
             total_n += tl.sum(tl.where(mask_v, z, 0.0), axis=1)
-        is_label = offs_v[None, :] == label_n[:, None]  # past V only for a label that finish_stats turns into NaN
+        is_label = offs_v[None, :] == column_n[:, None]
         z_label_n += tl.sum(tl.where(is_label, z, 0.0), axis=1)
         z = tl.where(mask_v, z, float("-inf"))
         max_n, sum_n, dot_n = online_update(z, max_n, sum_n, dot_n, WANT_ENTROPY)
@@ -192,7 +194,7 @@ def lm_head_dlogits_kernel(
     if HAS_ENTROPY:
         entropy_n = tl.load(entropy_ptr + rows)
         grad_entropy_n = tl.load(grad_entropy_ptr + rows).to(tl.float32)
-    is_label = offs_v[None, :] == label_n[:, None]
+    is_label = offs_v[None, :] == label_column(label_n, V)[:, None]
     dz = label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, HAS_ENTROPY)
     dz0 = dz * transform_grad(z, in_scale, out_scale, HAS_SOFTCAP)
     dz0 = tl.where(kept_n[:, None], dz0, 0.0)
@@ -249,7 +251,8 @@ def lm_head_forward(
             *parts, labels_N, *stats, N, V, splits, head.ignore_index, BLOCK_N=block_n, num_warps=4
         )
 
-    config = head_config(hidden_ND.dtype, arch, gradient=False)
+    bare = head.softcap is None and not want_entropy and not want_mean
+    config = head_config(hidden_ND.dtype, arch, bare=bare)
     launch(_configure("lm_head_forward", config, hidden_ND, V, arch, launch))
     return stats
 
@@ -306,7 +309,7 @@ def lm_head_backward(
         tiles = min(workspace_bytes // (N * config.block_v * hidden_ND.itemsize), triton.cdiv(V, config.block_v))
         return hidden_ND.new_empty((N, max(1, tiles) * config.block_v))
 
-    config = head_config(hidden_ND.dtype, arch, gradient=True)
+    config = head_config(hidden_ND.dtype, arch, bare=False)
     config = _configure("lm_head_dlogits", config, hidden_ND, V, arch, lambda c: launch(c, workspace(c), 0))
     slice_NW = workspace(config)
     width = slice_NW.shape[1]
@@ -354,7 +357,7 @@ def _configure(name: str, config: HeadConfig, hidden_ND: Tensor, V: int, arch: A
 
 
 def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
-    """What to compile ahead of time: forward and gradient kernel with no option and with every one, and the combine."""
+    """What to compile ahead of time: forward and gradient with no option and with every one; combine."""
     x, f = f"*{TYPE_NAMES[dtype]}", "*fp32"
     shapes = {name: "i32" for name in ("stride_hn", "stride_wv", "N", "D", "V")}
     common = {"hidden_ptr": x, "weight_ptr": x, "labels_ptr": "*i64", "in_scale": "fp32", "out_scale": "fp32"} | shapes
@@ -366,17 +369,17 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
         ("lm_head_dlogits", lm_head_dlogits_kernel, dlogits, {"bias_ptr": x, "entropy_ptr": f, "grad_entropy_ptr": f}),
     ]
     found = []
-    for name, kernel, required, optional in kernels:
-        config = head_config(dtype, arch, gradient=kernel is lm_head_dlogits_kernel)
-        for variant, given, absent in (("plain", {}, dict.fromkeys(optional)), ("full", optional, {})):
-            options = _options(config, D=4096 if variant == "plain" else 4112)
-            warps, stages = options.pop("num_warps"), options.pop("num_stages")
-            fixed = {"stride_hd": 1, "stride_wd": 1, "HAS_SOFTCAP": variant == "full"} | absent | options
-            divisible = ("stride_hn", "stride_wv", "D", "V", "width")
-            cores = dtype != torch.float32
-            found.append(
-                Specialization(f"{name} {variant}", kernel, required | given, fixed, warps, stages, divisible, cores)
-            )
+    for (name, kernel, required, optional), full in itertools.product(kernels, (False, True)):
+        config = head_config(dtype, arch, bare=not full and kernel is lm_head_forward_kernel)
+        options = _options(config, D=4112 if full else 4096)
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        fixed = {"stride_hd": 1, "stride_wd": 1, "HAS_SOFTCAP": full} | options
+        fixed |= {} if full else dict.fromkeys(optional)
+        types = required | (optional if full else {})
+        divisible = ("stride_hn", "stride_wv", "D", "V", "width")
+        cores = dtype != torch.float32
+        variant = "full" if full else "plain"
+        found.append(Specialization(f"{name} {variant}", kernel, types, fixed, warps, stages, divisible, cores))
     return [*found, _combine_specialization()]
 
 

@@ -55,6 +55,12 @@ def transform_grad(z, in_scale, out_scale, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def label_column(label_n, V):
+    """Column of each label, int32, -1 where outside [0, V): 64-bit comparisons cost the tile its registers."""
+    return tl.where((label_n >= 0) & (label_n < V), label_n, -1).to(tl.int32)
+
+
+@triton.jit
 def online_update(z, max_n, sum_n, dot_n, WANT_ENTROPY: tl.constexpr):
     """Fold a tile z (rows, columns; -inf where masked) into the running sums of its rows.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefkern.head import Head, RowStats
 
-from .logits import label_logp_grad, online_update, transform, transform_args, transform_grad
+from .logits import label_column, label_logp_grad, online_update, transform, transform_args, transform_grad
 from .tuning import ARCHS, TYPE_NAMES, Arch, RowConfig, Specialization, arch_of, choose, row_config
 
 
@@ -122,6 +122,7 @@ def row_softmax_backward_kernel(
     out_ptrs = out_ptr + (rows * stride_on)[:, None] + (tile_cols * stride_ov)[None, :]
 
     label_n = tl.load(labels_ptr + offs_n, mask=mask_n, other=0)
+    column_n = label_column(label_n, V)
     kept_n = label_n != ignore_index
     scale = 1.0
     if grad_scale_ptr is not None:
@@ -140,7 +141,7 @@ def row_softmax_backward_kernel(
         mask = mask_n[:, None] & (offs_v < V)[None, :]
         ptrs = tile_ptrs + tl.cast(start, tl.int64) * stride_lv
         z = load_logits(ptrs, bias_ptr, offs_v, mask, V, in_scale, out_scale, HAS_SOFTCAP)
-        is_label = offs_v[None, :] == label_n[:, None]
+        is_label = offs_v[None, :] == column_n[:, None]
         dz = label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, HAS_ENTROPY)
         dz0 = dz * transform_grad(z, in_scale, out_scale, HAS_SOFTCAP)
         dz0 = tl.where(kept_n[:, None], dz0, 0.0)

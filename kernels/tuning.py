@@ -104,15 +104,18 @@ def row_config(V: int, dtype: torch.dtype, arch: Arch) -> RowConfig:
     return RowConfig(block_n, block_v, num_warps=8 if block_v >= 4096 else 4)
 
 
-def head_config(dtype: torch.dtype, arch: Arch, *, gradient: bool) -> HeadConfig:
-    """Matmul kernels, which keep one (block_n, block_v) fp32 tile in registers: of the forward or of the gradient."""
+def head_config(dtype: torch.dtype, arch: Arch, *, bare: bool) -> HeadConfig:
+    """Matmul kernels, which keep one (block_n, block_v) fp32 tile, and what they make of it, in registers.
+
+    bare: all they make of it is a log-sum-exp (no gradient, softcap, entropy or mean), which leaves registers over.
+    """
     if arch.name == "interpreter":
         return HeadConfig(128, 256, 64, num_warps=1, num_stages=1, group_n=2)
     if dtype == torch.float32:  # IEEE products: no tensor cores, so small tiles that leave registers for the operands
         return HeadConfig(64, 128, 16, num_warps=8, num_stages=2)
     if arch.shared_memory < ARCHS["sm_80"].shared_memory:  # gfx942, consumer boards
         return HeadConfig(128, 128, 32, num_warps=8, num_stages=2)
-    if arch.name == "sm_90" and not gradient:  # with every option on, the gradient of such a tile spills
+    if arch.name == "sm_90" and bare:
         return HeadConfig(128, 256, 64, num_warps=8, num_stages=3)
     return HeadConfig(128, 128, 64, num_warps=8, num_stages=3)
 
