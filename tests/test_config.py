@@ -83,7 +83,7 @@ def test_no_in_yaml_is_a_word_where_words_are_wanted():
     ("trainer.learning_rate=fast", "trainer.learning_rate='fast' should be a number, not text"),
     ("trainer.max_steps=1.5", "trainer.max_steps=1.5 should be a whole number, not a number"),
     ("trainer.lr_scheduler_type=cosin", "trainer.lr_scheduler_type='cosin' is not one of its values: did you mean 'cosine'?"),
-    ("trainer.output_dir=x", "trainer.output_dir is set elsewhere: use run.output"),
+    ("trainer.output_dir=x", "trainer.output_dir is not yours to set: use run.output"),
     ("loss.beta=x", "loss.beta='x' should be a number, not text"),
     ("loss.beta=-1", "autoregressive_dpo: beta=-1 must be a number in (0, 100]"),
     ("loss.granularity={adaptiv: 3}", "unknown loss.granularity 'adaptiv': did you mean 'adaptive'?"),

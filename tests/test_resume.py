@@ -1,12 +1,18 @@
 """A run that is killed and resumed ends with the same bits as one that was not."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
 from prefkern.training import run as run_module
 from prefkern.training.config import Config
+from prefkern.training.errors import ConfigError
 from prefkern.training.run import last_checkpoint, run_training
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -67,6 +73,27 @@ def test_killed_and_resumed_is_bitwise_the_same(config, whole, tmp_path, monkeyp
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     steps = [line["step"] for line in result.history if "loss" in line]
     assert steps == list(range(1, 13)), "every step is logged once"
+
+
+def test_a_run_is_not_continued_as_another(config, whole):
+    with pytest.raises(ConfigError, match="began with loss.beta=0.1, not 0.3: set it back, or choose another run.output"):
+        run_training(Config.from_dict(config, ["run.resume=true", "loss.beta=0.3"]))
+
+
+@pytest.mark.slow
+def test_a_process_killed_by_the_system_resumes_bitwise(config, whole, tmp_path):
+    path, output = tmp_path / "config.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump({**config, "run": {"output": str(output), "resume": True}}))
+    command = [sys.executable, "-m", "prefkern", "train", str(path)]
+    victim = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
+    deadline = time.monotonic() + 300
+    while victim.poll() is None and last_checkpoint(output) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL, "killed in the middle"
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, timeout=300)
+    resumed = _weights(output / "model")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_checkpoint_cut_short_is_passed_over(tmp_path):

@@ -2,11 +2,16 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
 import tiny
 import torch
+import yaml
 from prefkern import losses
 from prefkern.granularity import Adaptive
 from prefkern.training.config import Config, DataConfig
@@ -55,6 +60,23 @@ def test_accumulation_8_by_1_equals_1_by_8(tmp_path, name):
     for a, b in zip(split_logs, whole_logs, strict=True):
         for k in b.keys() - {"epoch", "learning_rate"}:
             assert a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6), k
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], ["model.lora={r: 2}"]], ids=["all weights", "lora"])
+def test_two_processes_equal_two_accumulated_batches(tmp_path, lora):
+    config = tiny.write_run(tmp_path, rows=tiny.pairs(16), trainer={"max_steps": 3, "report_to": "none", "save_strategy": "no"})
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_training(Config.from_dict(config, [f"run.output={one}", "trainer.gradient_accumulation_steps=2", *lora]))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "prefkern", "train",
+         str(tmp_path / "c.yaml"), f"run.output={two}", *lora],
+        cwd=Path(__file__).parent.parent, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    found, expected = (load_file(next((out / "model").glob("*.safetensors"))) for out in (two, one))
+    for k in expected:
+        torch.testing.assert_close(found[k], expected[k], rtol=1e-5, atol=1e-7)
 
 
 def test_a_short_last_accumulation_counts_what_it_has(tmp_path):

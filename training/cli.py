@@ -7,6 +7,7 @@ Nothing but argparse is imported before a command is chosen.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,8 @@ def build_parser(with_demo: bool = False) -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> int:
     from prefkern.training.config import load_config
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("prefkern").setLevel(logging.INFO)
     config = load_config(args.config, args.overrides)
     from prefkern.training.run import run_training  # imports transformers: only once the configuration can be read
 

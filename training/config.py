@@ -111,7 +111,7 @@ class DataConfig:
         split, eval_split: splits taken from `train` and `eval`. eval_split without eval is a split of `train`.
         eval_size: without eval and eval_split, rows (a whole number) or fraction (below 1) held out of train.
         columns: maps a standard column (prompt, chosen, rejected, completion) to the dataset's own name.
-        limit: use only the first rows.
+        limit: train on the first rows only.
         max_prompt_length: tokens kept of a prompt, cut from the left.
         max_response_length: tokens kept of a response, cut from the right.
         max_length: tokens of prompt and response together, the model's context length unless set.

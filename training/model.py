@@ -64,9 +64,12 @@ def load_model_config(config: ModelConfig):
         raise ModelError(_unloadable("model", "model.name", config.name, error)) from error
 
 
-def load_model(config: ModelConfig) -> nn.Module:
+def load_model(config: ModelConfig, device: torch.device | None = None) -> nn.Module:
     """The policy of a configuration: weights, adapters, packed forward, checked by `check_model`.
 
+    Args:
+        config: the model section.
+        device: where to put it; None leaves that to a distributed engine.
     Raises:
         ModelError: it cannot be loaded or adapted, or cannot be trained packed.
     """
@@ -83,8 +86,7 @@ def load_model(config: ModelConfig) -> nn.Module:
         )
     except Exception as error:
         raise ModelError(f"the model {config.name!r} cannot be loaded, check the model section: {_first_line(error)}") from error
-    pack_forward(model)
-    check_model(model)
+    check_model(pack_forward(model if device is None else model.to(device)))
     return add_adapters(model, config.lora, config.gradient_checkpointing) if config.lora else model
 
 
@@ -192,6 +194,8 @@ def check_model(model: nn.Module) -> None:
     """
     base = base_model(model)
     weight = output_head(model).weight
+    if weight.is_meta:  # a distributed engine fills it in later
+        return
     exact = weight.dtype in (torch.float32, torch.float64)
     training = base.training
     base.eval()

@@ -90,7 +90,14 @@ def head_arguments(model: nn.Module, head: HeadConfig) -> dict[str, Any]:
 
 
 def add_reference_logps(
-    rows: datasets.Dataset, model: nn.Module, *, arity: str, head: HeadConfig, batch_size: int = 8, name: str = "data.train"
+    rows: datasets.Dataset,
+    model: nn.Module,
+    *,
+    arity: str,
+    head: HeadConfig,
+    batch_size: int = 8,
+    autocast: torch.dtype | None = None,
+    name: str = "data.train",
 ) -> datasets.Dataset:
     """The dataset with a column `ref_<response>_logps` for every response, computed once and cached beside it.
 
@@ -102,6 +109,8 @@ def add_reference_logps(
         model: the reference, on its device.
         arity, head: of the loss and of the head.
         batch_size: rows at a time.
+        autocast: the type that training will compute in, if it is not the weights'.
+        name: what the progress bar calls the dataset.
     """
     collate, responses, options = PackedCollator(arity), RESPONSES[arity], head_arguments(model, head)
     device = next(model.parameters()).device
@@ -110,7 +119,8 @@ def add_reference_logps(
         batch = collate([dict(zip(columns, row)) for row in zip(*columns.values())])
         lengths = list(batch["layout"].lengths)
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        pieces = reference_logps(model, batch, options).cpu().split(lengths)
+        with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
+            pieces = reference_logps(model, batch, options).cpu().split(lengths)
         return {f"ref_{r}_logps": [p.tolist() for p in pieces[i :: len(responses)]] for i, r in enumerate(responses)}
 
     logps = datasets.List(datasets.Value("float32"))
@@ -119,7 +129,7 @@ def add_reference_logps(
         batched=True,
         batch_size=batch_size,
         features=datasets.Features({**rows.features, **{f"ref_{r}_logps": logps for r in responses}}),
-        new_fingerprint=Hasher.hash([rows._fingerprint, _weights_key(model), repr(sorted(options.items(), key=str))]),
+        new_fingerprint=Hasher.hash([rows._fingerprint, _weights_key(model), str(autocast), repr(sorted(options.items()))]),
         desc=f"Reference log-probabilities of {name}",
     )
 

@@ -19,11 +19,11 @@ from prefkern.training.schema import check_names, check_value
 
 _GRANULARITIES = {"static": (Static, "k"), "adaptive": (Adaptive, "m"), "boundaries": (Boundaries, None)}
 _OURS = {
-    "output_dir": "run.output",
-    "resume_from_checkpoint": "run.resume",
-    "remove_unused_columns": "nothing: the collator reads all columns",
-    "label_smoothing_factor": "loss.label_smoothing",
-    "use_liger_kernel": "model.head.impl",
+    "output_dir": "use run.output",
+    "resume_from_checkpoint": "use run.resume",
+    "remove_unused_columns": "leave it out, the collator reads all columns",
+    "label_smoothing_factor": "use loss.label_smoothing",
+    "use_liger_kernel": "use model.head.impl",
 }
 
 
@@ -88,7 +88,7 @@ def resolve_trainer(config: Config, arity: str) -> dict[str, Any]:
     check_names(config.trainer, names, "trainer")
     for name in config.trainer:
         if name in _OURS:
-            raise ConfigError(f"trainer.{name} is set elsewhere: use {_OURS[name]}")
+            raise ConfigError(f"trainer.{name} is not yours to set: {_OURS[name]}")
     given = {k: check_value(f"trainer.{k}", _yaml_no(v, hints[k]), hints[k]) for k, v in config.trainer.items()}
     data = config.data
     has_eval = any(x is not None for x in (data.eval, data.eval_split, data.eval_size))
@@ -125,6 +125,24 @@ def training_arguments(options: Mapping[str, Any], output: str | Path):
 def resolved(config: Config, loss: losses.Loss, trainer_options: Mapping[str, Any]) -> Config:
     """The configuration with loss and trainer options spelled out, as it is saved with the run."""
     return dataclasses.replace(config, loss=describe_loss(loss), trainer=dict(trainer_options))
+
+
+def check_same_run(config: Config, saved: Config) -> None:
+    """Raise ConfigError where a run would be continued with another model, data, loss or reference than it began with."""
+    for section in ("model", "data", "loss", "reference"):
+        now, then = (_flat(c.to_dict()[section], section) for c in (config, saved))
+        for key in sorted(now.keys() | then.keys()):
+            if now.get(key) != then.get(key):
+                raise ConfigError(
+                    f"run.resume=true continues a run that began with {key}={then.get(key)!r}, not {now.get(key)!r}: "
+                    "set it back, or choose another run.output"
+                )
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {key: value}
+    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}").items()}
 
 
 def _granularity(given: Any):

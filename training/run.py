@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -18,15 +19,24 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from prefkern.losses import Loss
 from prefkern.planner import plan
 from prefkern.training.callbacks import JsonlMetrics, LinePrinter, ProgressBar, read_metrics
-from prefkern.training.config import Config
+from prefkern.training.config import Config, load_config
 from prefkern.training.data import prepare_dataset
 from prefkern.training.errors import ConfigError, ModelError
-from prefkern.training.model import load_model, load_model_config, load_tokenizer
+from prefkern.training.model import load_model, load_model_config, load_tokenizer, output_head
 from prefkern.training.plots import draw_curves
 from prefkern.training.reference import add_reference_logps, resolve_reference
-from prefkern.training.resolve import cuts_from_data, resolve_loss, resolve_trainer, resolved, training_arguments
+from prefkern.training.resolve import (
+    check_same_run,
+    cuts_from_data,
+    resolve_loss,
+    resolve_trainer,
+    resolved,
+    training_arguments,
+)
 from prefkern.training.sources import load_splits
 from prefkern.training.trainer import PreferenceTrainer
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -63,12 +73,13 @@ def run_training(config: Config) -> RunResult:
     args = training_arguments(options, config.run.output)
     _check_head(config, args)
     output = Path(config.run.output)
-    checkpoint = _start(output, config.run.resume)
+    saved = resolved(config, loss, options)
+    checkpoint = _start(output, saved)
     transformers.set_seed(args.seed)  # before adapters are initialised
 
     tokenizer = load_tokenizer(config.model)
     train, evaluation = _prepare(config, loss, tokenizer, args)
-    model = load_model(config.model)
+    model = load_model(config.model, None if args.fsdp or args.deepspeed else args.device)
     if reference == "precomputed":
         train, evaluation = _precompute(config, loss, model, args, train, evaluation)
     trainer = PreferenceTrainer(
@@ -83,7 +94,8 @@ def run_training(config: Config) -> RunResult:
     )
     _report_to(trainer, output)
     if trainer.is_world_process_zero():
-        (output / "config.yaml").write_text(resolved(config, loss, options).to_yaml(), encoding="utf-8")
+        (output / "config.yaml").write_text(saved.to_yaml(), encoding="utf-8")
+        logger.info("head    %s", _body(model, config, args))
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if evaluation is not None and not _evaluated(trainer):
@@ -124,11 +136,13 @@ def _step(checkpoint: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def _start(output: Path, resume: bool) -> Path | None:
-    """The checkpoint to start from, if any; a run that is there already is not overwritten."""
+def _start(output: Path, config: Config) -> Path | None:
+    """The checkpoint to start from, if any; a run that is there already is not overwritten, nor continued as another."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"run.output={str(output)!r} is a file: choose another folder")
-    if resume:
+    if config.run.resume:
+        if (output / "config.yaml").exists():
+            check_same_run(config, load_config(output / "config.yaml"))
         return last_checkpoint(output)
     if (output / "config.yaml").exists() or any(output.glob("checkpoint-*")):
         raise ConfigError(
@@ -149,7 +163,7 @@ def _prepare(
         )
     with args.main_process_first(desc="tokenising"):
         train, evaluation = load_splits(config.data)
-        return tuple(
+        prepared = tuple(
             rows
             and prepare_dataset(
                 rows,
@@ -163,10 +177,15 @@ def _prepare(
             )
             for rows, name in ((train, "data.train"), (evaluation, "data.eval"))
         )
+    if args.process_index == 0:
+        for rows, name in zip(prepared, ("train", "eval")):
+            if rows:
+                cut = sum(n > 0 for n in rows["cut_tokens"])
+                logger.info("%-7s %d rows%s", name, len(rows), f", {cut} of them truncated" if cut else "")
+    return prepared
 
 
 def _precompute(config: Config, loss: Loss, model: nn.Module, args: TrainingArguments, *splits):
-    model.to(args.device)
     with args.main_process_first(desc="reference log-probabilities"):
         return [
             rows
@@ -176,10 +195,22 @@ def _precompute(config: Config, loss: Loss, model: nn.Module, args: TrainingArgu
                 arity=loss.arity,
                 head=config.model.head,
                 batch_size=config.reference.batch_size or args.per_device_eval_batch_size,
+                autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
                 name=name,
             )
             for rows, name in zip(splits, ("data.train", "data.eval"))
         ]
+
+
+def _body(model: nn.Module, config: Config, args: TrainingArguments) -> str:
+    """How the head will be run, for a batch of any number of rows."""
+    weight = output_head(model).weight
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weight.dtype
+    chosen = plan(
+        (1, weight.shape[1], weight.shape[0]), dtype, args.device, grad_hidden=True, grad_head=weight.requires_grad,
+        impl=config.model.head.impl, workspace_bytes=config.model.head.workspace_bytes,
+    )  # fmt: skip
+    return f"{chosen.row.name}, {chosen.row.flops}NDV: {chosen.reason}"
 
 
 def _report_to(trainer: PreferenceTrainer, output: Path) -> None:
