@@ -2,9 +2,9 @@
 
     python -m prefkern.kernels.aot --arch sm_90 --dtype bf16          a table; --json for machines
 
-Each kernel module lists what it launches in `specializations(arch, dtype)`. What is read back: registers a thread, stack
-or scratch bytes (spills), shared memory, and the matrix instructions. It runs where kernels are not interpreted,
-that is, without TRITON_INTERPRET.
+Each kernel module lists what it launches in `specializations(arch, dtype)`. What is read back: registers a thread,
+stack or scratch bytes (spills), shared memory, and the matrix instructions. It runs where kernels are not
+interpreted, that is, without TRITON_INTERPRET.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def compile_for(spec: Specialization, arch: Arch) -> Report:
     signature = {name: spec.signature.get(name, "constexpr") for name in arguments}
     constants = {(arguments.index(name),): value for name, value in spec.constexprs.items()}
     anywhere = {p.name for p in spec.kernel.params if p.do_not_specialize_on_alignment}
-    aligned = [n for n, kind in spec.signature.items() if n in spec.divisible or kind.startswith("*") and n not in anywhere]
+    aligned = [n for n, t in spec.signature.items() if n in spec.divisible or t.startswith("*") and n not in anywhere]
     attrs = {(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(spec.kernel, signature, constants, attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
@@ -123,11 +123,9 @@ def main() -> None:
                 if args.json:
                     print(json.dumps(asdict(report) | {"dtype": dtype_name, "fault": fault}), flush=True)
                     continue
-                print(
-                    f"{arch_name:7} {dtype_name:5} {report.name:34} {report.registers:4} registers"
-                    f" {report.stack:5} stack {report.shared:7} shared  {report.matrix_instruction or '':16} {fault or ''}",
-                    flush=True,
-                )
+                row = f"{arch_name:7} {dtype_name:5} {report.name:34} {report.registers:4} registers"
+                row += f" {report.stack:5} stack {report.shared:7} shared"
+                print(f"{row}  {report.matrix_instruction or '':16} {fault or ''}".rstrip(), flush=True)
     raise SystemExit(1 if faults else 0)
 
 

@@ -39,7 +39,7 @@ from .tuning import (
 
 @triton.jit
 def grouped_order(pid, num_n, num_v, GROUP_N: tl.constexpr):
-    """Program number to (row block, vocabulary block): GROUP_N row blocks meet a part of the weight while L2 holds it."""
+    """Program number to (row block, vocabulary block): GROUP_N row blocks meet a part of the weight while L2 has it."""
     first_n = pid // (GROUP_N * num_v) * GROUP_N
     size_n = tl.minimum(num_n - first_n, GROUP_N)
     local = pid % (GROUP_N * num_v)
@@ -294,7 +294,8 @@ def lm_head_backward(
         return tuple(t.new_zeros(t.shape) if n else None for t, n in zip((hidden_ND, weight_VD, bias_V), needs))
     arch = arch_of(device)
     labels_N, lse_N, grad_logps_N = labels_N.contiguous(), lse_N.contiguous(), grad_logps_N.contiguous()
-    bias_V, entropy_N, grad_entropy_N = (None if t is None else t.contiguous() for t in (bias_V, entropy_N, grad_entropy_N))
+    optional = (bias_V, entropy_N, grad_entropy_N)
+    bias_V, entropy_N, grad_entropy_N = (None if t is None else t.contiguous() for t in optional)
 
     def launch(config: HeadConfig, out: Tensor, first: int) -> None:
         blocks = triton.cdiv(N, config.block_n) * triton.cdiv(min(out.shape[1], V - first), config.block_v)

@@ -17,7 +17,7 @@ from torch import Tensor
 from prefkern.head import Head, RowStats
 
 from .logits import label_column, label_logp_grad, online_update, transform, transform_args, transform_grad
-from .tuning import ARCHS, TYPE_NAMES, Arch, RowConfig, Specialization, arch_of, choose, row_config
+from .tuning import TYPE_NAMES, Arch, RowConfig, Specialization, arch_of, choose, row_config
 
 
 @triton.jit
@@ -230,7 +230,8 @@ def row_softmax_backward(
     if N == 0:
         return out
     labels_N, lse_N, grad_logps_N = labels_N.contiguous(), lse_N.contiguous(), grad_logps_N.contiguous()
-    bias_V, entropy_N, grad_entropy_N = (None if t is None else t.contiguous() for t in (bias_V, entropy_N, grad_entropy_N))
+    optional = (bias_V, entropy_N, grad_entropy_N)
+    bias_V, entropy_N, grad_entropy_N = (None if t is None else t.contiguous() for t in optional)
 
     def launch(config: RowConfig, out: Tensor) -> None:
         row_softmax_backward_kernel[(triton.cdiv(N, config.block_n),)](

@@ -50,12 +50,14 @@ def row_stats(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | None = 
 
 
 def poison(monkeypatch) -> None:
-    """Make torch.empty and torch.empty_like hand out NaN (or the largest integer): what is read must have been written."""
+    """Make torch.empty and torch.empty_like hand out NaN (or the largest integer): what is read has been written."""
     for name in ("empty", "empty_like"):
         original = getattr(torch, name)
 
         def poisoned(*args, _original=original, **kwargs):
             t = _original(*args, **kwargs)
-            return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max if t.dtype != torch.bool else True)
+            if t.is_floating_point():
+                return t.fill_(float("nan"))
+            return t.fill_(True if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
 
         monkeypatch.setattr(torch, name, poisoned)
