@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
+
+import tiny
 from prefkern import __version__, losses
 from prefkern.training.cli import main
 
@@ -24,7 +25,9 @@ def folder(tmp_path_factory) -> Path:
     tiny.write_jsonl(folder / "empty_response.jsonl", [*tiny.pairs(2), {"prompt": "q", "chosen": "", "rejected": "b"}])
     tiny.write_jsonl(folder / "long.jsonl", [*tiny.pairs(1), {"prompt": "q" * 200, "chosen": "a", "rejected": "b"}])
     tiny.write_jsonl(folder / "extra.jsonl", [{"prompt": "q", "chosen": "<x0>", "rejected": "b"}])
-    tiny.write_jsonl(folder / "chat.jsonl", [{"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}])
+    tiny.write_jsonl(
+        folder / "chat.jsonl", [{"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}]
+    )
     tiny.write_jsonl(folder / "completions.jsonl", tiny.completions(4))
     (folder / "nothing.jsonl").touch()
     tiny.tokenizer(eos=None).save_pretrained(folder / "no_eos")
@@ -32,39 +35,75 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words, message", [
-    (["train", "{}/none.yaml"], "cannot read the configuration '{}/none.yaml': No such file or directory"),
-    (["loss.bta=1"], "unknown key 'loss.bta': did you mean 'beta'?"),
-    (["trainer.learning_rat=1"], "unknown key 'trainer.learning_rat': did you mean 'learning_rate'?"),
-    (["loss.beta=high"], "loss.beta='high' should be a number, not text"),
-    (["model.dtype=3"], "model.dtype=3 should be 'float32' or 'bfloat16' or 'float16' or 'auto', not a whole number"),
-    (["loss.beta=0"], "the loss section is wrong: dpo: beta=0 must be a number in (0, 100] (0.01 to 0.5 in practice)"),
-    (["reference.mode=none"], "loss 'dpo' compares with a reference: set reference.mode to frozen or precomputed"),
-    (["loss.name=simpo", "reference.mode=frozen"], "loss 'simpo' uses no reference: remove reference.mode='frozen'"),
-    (["trainer.warmup_steps=-1"], "the trainer section is refused by transformers: "),
-    (["data.train={}/nowhere.jsonl"], "there is no file or folder '{}/nowhere.jsonl': check the path"),
-    (["data.train={}/nothing.jsonl"], "'{}/nothing.jsonl' is an empty file: a dataset needs at least one row"),
-    (["data.train={}/completions.jsonl"], "data.train has no column 'chosen' and no column 'rejected' (it has prompt, completion): "
-     "rename yours or name it with data.columns.chosen"),
-    (["data.train={}/empty_response.jsonl"], "row 2 of data.train: it has an empty response: remove the row or fill it in"),
-    (["data.train={}/chat.jsonl"], "row 0 of data.train: its cells should all be text or all be lists of"),
-    (["data.train={}/long.jsonl"], "row 1 of data.train: its prompt has 201 tokens, which leaves no room for a response within 128: "
-     "set data.max_prompt_length (prompts are cut from the left) or raise data.max_length"),
-    (["data.max_length=200"], "data.max_length=200 is more than the 128 tokens that '{}/model' can read: lower it"),
-    (["data.train={}/extra.jsonl", "model.tokenizer={}/larger"], "row 0 of data.train: its token '<x0>' has the id 259, outside the "
-     "model's vocabulary of 259: use the model's own tokenizer, or a model whose embeddings were resized for this one"),
-    (["model.tokenizer={}/no_eos"], "the tokenizer has no end-of-sequence token, so that responses would never end: "
-     "name one with model.eos_token, or set data.append_eos=false"),
-    (["model.eos_token=<end>"], "model.eos_token='<end>' is not a token of '{}/model': choose one that is"),
-    (["model.name={}/no_model"], "there is no folder model.name='{}/no_model': check the path"),
-    (["model.name={}/no_eos", "model.eos_token=</s>"], "no model can be loaded from model.name='{}/no_eos', a folder or a name on the hub; check it: "),
-    (["model.lora={{target_modules: [lm_head]}}"], "the output head is adapted, which is not supported yet: "
-     "leave it out of model.lora.target_modules"),
-    (["model.attn_implementation=flash"], "the model '{}/model' cannot be loaded, check the model section: "),
-    (["model.name=small"], "no tokenizer can be loaded from model.name='small', a folder or a name on the hub; check it: "),
-    (["run.output={}/good.yaml"], "run.output='{}/good.yaml' is a file: choose another folder"),
-    (["run.output={}"], None),
-], ids=lambda value: value[-1].replace("{}/", "") if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train", "{}/none.yaml"], "cannot read the configuration '{}/none.yaml': No such file or directory"),
+        (["loss.bta=1"], "unknown key 'loss.bta': did you mean 'beta'?"),
+        (["trainer.learning_rat=1"], "unknown key 'trainer.learning_rat': did you mean 'learning_rate'?"),
+        (["loss.beta=high"], "loss.beta='high' should be a number, not text"),
+        (
+            ["model.dtype=3"],
+            "model.dtype=3 should be 'float32' or 'bfloat16' or 'float16' or 'auto', not a whole number",
+        ),
+        (
+            ["loss.beta=0"],
+            "the loss section is wrong: dpo: beta=0 must be a number in (0, 100] (0.01 to 0.5 in practice)",
+        ),
+        (["reference.mode=none"], "loss 'dpo' compares with a reference: set reference.mode to frozen or precomputed"),
+        (
+            ["loss.name=simpo", "reference.mode=frozen"],
+            "loss 'simpo' uses no reference: remove reference.mode='frozen'",
+        ),
+        (["trainer.warmup_steps=-1"], "the trainer section is refused by transformers: "),
+        (["data.train={}/nowhere.jsonl"], "there is no file or folder '{}/nowhere.jsonl': check the path"),
+        (["data.train={}/nothing.jsonl"], "'{}/nothing.jsonl' is an empty file: a dataset needs at least one row"),
+        (
+            ["data.train={}/completions.jsonl"],
+            "data.train has no column 'chosen' and no column 'rejected' (it has prompt, completion): "
+            "rename yours or name it with data.columns.chosen",
+        ),
+        (
+            ["data.train={}/empty_response.jsonl"],
+            "row 2 of data.train: it has an empty response: remove the row or fill it in",
+        ),
+        (["data.train={}/chat.jsonl"], "row 0 of data.train: its cells should all be text or all be lists of"),
+        (
+            ["data.train={}/long.jsonl"],
+            "row 1 of data.train: its prompt has 201 tokens, which leaves no room for a response within 128: "
+            "set data.max_prompt_length (prompts are cut from the left) or raise data.max_length",
+        ),
+        (["data.max_length=200"], "data.max_length=200 is more than the 128 tokens that '{}/model' can read: lower it"),
+        (
+            ["data.train={}/extra.jsonl", "model.tokenizer={}/larger"],
+            "row 0 of data.train: its token '<x0>' has the id 259, outside the "
+            "model's vocabulary of 259: use the model's own tokenizer, or a model whose embeddings were resized",
+        ),
+        (
+            ["model.tokenizer={}/no_eos"],
+            "the tokenizer has no end-of-sequence token, so that responses would never end: "
+            "name one with model.eos_token, or set data.append_eos=false",
+        ),
+        (["model.eos_token=<end>"], "model.eos_token='<end>' is not a token of '{}/model': choose one that is"),
+        (["model.name={}/no_model"], "there is no folder model.name='{}/no_model': check the path"),
+        (
+            ["model.name={}/no_eos", "model.eos_token=</s>"],
+            "no model can be loaded from model.name='{}/no_eos', a folder or a name on the hub; check it: ",
+        ),
+        (
+            ["model.lora={{target_modules: [lm_head]}}"],
+            "the output head is adapted, which is not supported yet: leave it out of model.lora.target_modules",
+        ),
+        (["model.attn_implementation=flash"], "the model '{}/model' cannot be loaded, check the model section: "),
+        (
+            ["model.name=small"],
+            "no tokenizer can be loaded from model.name='small', a folder or a name on the hub; check it: ",
+        ),
+        (["run.output={}/good.yaml"], "run.output='{}/good.yaml' is a file: choose another folder"),
+        (["run.output={}"], None),
+    ],
+    ids=lambda value: value[-1].replace("{}/", "") if isinstance(value, list) else "",
+)
 def test_bad_input_is_one_sentence_and_status_2(folder, tmp_path, capfd, words, message):
     words = [w.format(folder) for w in words]
     output = tmp_path / "out"
@@ -107,7 +146,16 @@ def test_losses_prints_every_loss(capsys):
 def test_doctor_names_versions_devices_and_bodies(capsys):
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
-    for word in ("torch", "transformers", "cores", "Triton kernels", "all weights trained", "head frozen", "no gradient", "why:"):
+    for word in (
+        "torch",
+        "transformers",
+        "cores",
+        "Triton kernels",
+        "all weights trained",
+        "head frozen",
+        "no gradient",
+        "why:",
+    ):
         assert word in report
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+
 from prefkern.granularity import Adaptive, Boundaries, Static
 from prefkern.training.config import Config, LoraConfig, load_config
 from prefkern.training.errors import ConfigError
@@ -19,7 +20,9 @@ def resolve(*overrides: str, base: dict = MINIMAL) -> Config:
 
 
 def test_overrides_reach_every_depth():
-    config = resolve("model.lora.r=4", "loss.granularity={adaptive: 8}", "trainer.learning_rate=1e-5", "run.output=there")
+    config = resolve(
+        "model.lora.r=4", "loss.granularity={adaptive: 8}", "trainer.learning_rate=1e-5", "run.output=there"
+    )
     assert config.model.lora == LoraConfig(r=4)
     assert config.loss["granularity"] == {"adaptive": {"m": 8, "rule": "A"}}
     assert config.trainer["learning_rate"] == 1e-5, "YAML reads 1e-5 as text"
@@ -60,7 +63,9 @@ def test_output_is_named_after_the_file(tmp_path):
 
 
 def test_no_in_yaml_is_a_word_where_words_are_wanted():
-    config = Config.from_dict({**MINIMAL, "trainer": yaml.safe_load("{save_strategy: no, eval_strategy: no, bf16: no}")})
+    config = Config.from_dict(
+        {**MINIMAL, "trainer": yaml.safe_load("{save_strategy: no, eval_strategy: no, bf16: no}")}
+    )
     options = resolve_trainer(config, "pair")
     assert (options["save_strategy"], options["eval_strategy"], options["bf16"]) == ("no", "no", False)
 
@@ -82,14 +87,14 @@ def test_no_in_yaml_is_a_word_where_words_are_wanted():
     ("data.columns.prompt=3", "data.columns.prompt=3 should be text, not a whole number"),
     ("trainer.learning_rate=fast", "trainer.learning_rate='fast' should be a number, not text"),
     ("trainer.max_steps=1.5", "trainer.max_steps=1.5 should be a whole number, not a number"),
-    ("trainer.lr_scheduler_type=cosin", "trainer.lr_scheduler_type='cosin' is not one of its values: did you mean 'cosine'?"),
+    ("trainer.lr_scheduler_type=cosin", "lr_scheduler_type='cosin' is not one of its values: did you mean 'cosine'?"),
     ("trainer.output_dir=x", "trainer.output_dir is not yours to set: use run.output"),
     ("loss.beta=x", "loss.beta='x' should be a number, not text"),
     ("loss.beta=-1", "autoregressive_dpo: beta=-1 must be a number in (0, 100]"),
     ("loss.granularity={adaptiv: 3}", "unknown loss.granularity 'adaptiv': did you mean 'adaptive'?"),
     ("loss.granularity={adaptive: 3, static: 2}", "should name exactly one way to cut"),
     ("loss.granularity.adaptive=0", "m=0 must be an integer of at least 1"),
-    ("reference.mode=none", "loss 'autoregressive_dpo' compares with a reference: set reference.mode to frozen or precomputed"),
+    ("reference.mode=none", "compares with a reference: set reference.mode to frozen or precomputed"),
     ("loss.beta", "'loss.beta' is not an override: write section.key=value"),
     ("beta=3", "'beta=3' is not an override: write section.key=value"),
     ("model.name.x=3", "cannot set 'model.name.x': model.name='m' is not a mapping"),

@@ -4,8 +4,9 @@ import json
 
 import datasets
 import pytest
-import tiny
 import torch
+
+import tiny
 from prefkern.training.collator import PackedCollator
 from prefkern.training.config import DataConfig
 from prefkern.training.data import prepare_dataset
@@ -74,12 +75,17 @@ def test_eos_of_plain_text(response, append, expected):
 def test_conversation_ends_with_the_templates_eos():
     row = {"prompt": [user("q")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
     [made] = prepare([row])
-    assert made["prompt_ids"] == [*ids("<|user|>q"), EOS, *ids("\n<|assistant|>")], "the template gives no BOS: neither do we"
+    assert made["prompt_ids"] == [*ids("<|user|>q"), EOS, *ids("\n<|assistant|>")], (
+        "the template gives no BOS: neither do we"
+    )
     assert made["chosen_ids"] == [*ids("yes"), EOS], "the newline after EOS could never be generated"
 
 
 def test_conversation_gets_eos_where_the_template_has_none():
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     row = {"prompt": [user("q")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
     [made] = prepare([row], tiny.tokenizer(chat_template=template))
     assert made["prompt_ids"] == ids("[user]q[assistant]")
@@ -146,28 +152,75 @@ def test_boundaries_in_characters_become_cuts_in_tokens():
     assert (made["chosen_cuts"], made["rejected_cuts"]) == ([1, 2], [2])
 
 
-@pytest.mark.parametrize("rows, options, message", [
-    ([{"prompt": "q", "good": "a", "bad": "b"}], {}, "no column 'chosen' and no column 'rejected' (it has prompt, good, bad)"),
-    ([{"prompt": "q", "completion": "a"}], {"arity": "pair"}, "no column 'chosen'"),
-    ([{"prompt": "q", "chosen": "a", "rejected": "b"}], {"arity": "single"}, "no column 'completion'"),
-    ([{"prompt": "q", "chosen": "a", "rejected": "b"}], {"columns": {"chosen": "choosen"}}, "did you mean 'chosen'?"),
-    ([{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2 + [{"prompt": "q", "chosen": " ", "rejected": "b"}], {},
-     "row 2 of data.train: it has an empty response: remove the row"),
-    ([{"prompt": "q" * 20, "chosen": "a", "rejected": "b"}], {"max_length": 8},
-     "row 0 of data.train: its prompt has 21 tokens, which leaves no room for a response within 8: set data.max_prompt_length"),
-    ([{"prompt": "q", "chosen": "<x0>", "rejected": "b"}], {"tokenizer": tiny.tokenizer(extra=1), "vocab_size": 259},
-     "row 0 of data.train: its token '<x0>' has the id 259, outside the model's vocabulary of 259: use the model's own"),
-    ([{"prompt": "q", "chosen": "a", "rejected": "b"}], {"tokenizer": tiny.tokenizer(eos=None)},
-     "no end-of-sequence token, so that responses would never end: name one with model.eos_token"),
-    ([{"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}],
-     {"tokenizer": tiny.tokenizer(chat_template=None)}, "no chat template: set model.tokenizer"),
-    ([{"chosen": "same", "rejected": "same"}], {}, "its responses are the same"),
-    ([{"chosen": "left", "rejected": "right"}], {}, "share no beginning that could be the prompt"),
-    ([{"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("a")]}], {}, "share no first message"),
-    ([{"prompt": "q", "chosen": "a", "rejected": "b", "chosen_boundaries": [3], "rejected_boundaries": [0]}],
-     {"boundaries": True}, "row 0 of data.train: its boundaries [3] should not decrease and lie within the 1 characters"),
-], ids=["columns", "single for pair", "pair for single", "renamed", "empty response", "no room", "vocabulary", "no eos", "no template",
-        "same", "no prompt", "no message", "boundaries"])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        (
+            [{"prompt": "q", "good": "a", "bad": "b"}],
+            {},
+            "no column 'chosen' and no column 'rejected' (it has prompt, good, bad)",
+        ),
+        ([{"prompt": "q", "completion": "a"}], {"arity": "pair"}, "no column 'chosen'"),
+        ([{"prompt": "q", "chosen": "a", "rejected": "b"}], {"arity": "single"}, "no column 'completion'"),
+        (
+            [{"prompt": "q", "chosen": "a", "rejected": "b"}],
+            {"columns": {"chosen": "choosen"}},
+            "did you mean 'chosen'?",
+        ),
+        (
+            [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2 + [{"prompt": "q", "chosen": " ", "rejected": "b"}],
+            {},
+            "row 2 of data.train: it has an empty response: remove the row",
+        ),
+        (
+            [{"prompt": "q" * 20, "chosen": "a", "rejected": "b"}],
+            {"max_length": 8},
+            "row 0 of data.train: its prompt has 21 tokens, which leaves no room for a response within 8: set data.max",
+        ),
+        (
+            [{"prompt": "q", "chosen": "<x0>", "rejected": "b"}],
+            {"tokenizer": tiny.tokenizer(extra=1), "vocab_size": 259},
+            "row 0 of data.train: its token '<x0>' has the id 259, outside the model's vocabulary of 259: use",
+        ),
+        (
+            [{"prompt": "q", "chosen": "a", "rejected": "b"}],
+            {"tokenizer": tiny.tokenizer(eos=None)},
+            "no end-of-sequence token, so that responses would never end: name one with model.eos_token",
+        ),
+        (
+            [{"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}],
+            {"tokenizer": tiny.tokenizer(chat_template=None)},
+            "no chat template: set model.tokenizer",
+        ),
+        ([{"chosen": "same", "rejected": "same"}], {}, "its responses are the same"),
+        ([{"chosen": "left", "rejected": "right"}], {}, "share no beginning that could be the prompt"),
+        (
+            [{"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("a")]}],
+            {},
+            "share no first message",
+        ),
+        (
+            [{"prompt": "q", "chosen": "a", "rejected": "b", "chosen_boundaries": [3], "rejected_boundaries": [0]}],
+            {"boundaries": True},
+            "row 0 of data.train: its boundaries [3] should not decrease and lie within the 1 characters",
+        ),
+    ],
+    ids=[
+        "columns",
+        "single for pair",
+        "pair for single",
+        "renamed",
+        "empty response",
+        "no room",
+        "vocabulary",
+        "no eos",
+        "no template",
+        "same",
+        "no prompt",
+        "no message",
+        "boundaries",
+    ],
+)
 def test_errors_name_row_and_mend(rows, options, message):
     with pytest.raises(DataError) as error:
         prepare(rows, **options)
@@ -248,5 +301,11 @@ def test_collator_packs_in_prefkerns_order():
 
 
 def test_collator_takes_reference_logps_in_the_same_order():
-    row = {"prompt_ids": [5], "chosen_ids": [7, 8], "rejected_ids": [9], "ref_chosen_logps": [-1.0, -2.0], "ref_rejected_logps": [-3.0]}
+    row = {
+        "prompt_ids": [5],
+        "chosen_ids": [7, 8],
+        "rejected_ids": [9],
+        "ref_chosen_logps": [-1.0, -2.0],
+        "ref_rejected_logps": [-3.0],
+    }
     assert PackedCollator("pair")([row, row])["ref_logps"].tolist() == [-1, -2, -3] * 2

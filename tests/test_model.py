@@ -3,9 +3,10 @@
 import copy
 
 import pytest
-import tiny
 import torch
 import transformers
+
+import tiny
 from prefkern.token_logps import token_logps
 from prefkern.training.collator import PackedCollator
 from prefkern.training.config import HeadConfig, LoraConfig, ModelConfig

@@ -7,15 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import tiny
 from prefkern.training import run as run_module
 from prefkern.training.config import Config
 from prefkern.training.errors import ConfigError
 from prefkern.training.run import last_checkpoint, run_training
-from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 
 class Kill(BaseException):
@@ -45,9 +46,16 @@ def config(tmp_path_factory) -> dict:
         model=tiny.llama(dropout=0.2),
         data={"eval_size": 3},
         loss={"name": "autoregressive_dpo", "granularity": {"adaptive": 2}},
-        trainer={"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2,
-                 "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3},
-    )  # fmt: skip
+        trainer={
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,9 @@ def test_killed_and_resumed_is_bitwise_the_same(config, whole, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         report_to = run_module._report_to
         patch.setattr(
-            run_module, "_report_to", lambda trainer, out: (report_to(trainer, out), trainer.add_callback(KillAt(step, within)))
+            run_module,
+            "_report_to",
+            lambda trainer, out: (report_to(trainer, out), trainer.add_callback(KillAt(step, within))),
         )
         with pytest.raises(Kill):
             run_training(Config.from_dict(config, [output]))
@@ -76,7 +86,9 @@ def test_killed_and_resumed_is_bitwise_the_same(config, whole, tmp_path, monkeyp
 
 
 def test_a_run_is_not_continued_as_another(config, whole):
-    with pytest.raises(ConfigError, match="began with loss.beta=0.1, not 0.3: set it back, or choose another run.output"):
+    with pytest.raises(
+        ConfigError, match="began with loss.beta=0.1, not 0.3: set it back, or choose another run.output"
+    ):
         run_training(Config.from_dict(config, ["run.resume=true", "loss.beta=0.3"]))
 
 

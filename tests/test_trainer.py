@@ -1,4 +1,4 @@
-"""The loss is the whole batch's, whatever the split; references agree; every option of a run works; metrics are right."""
+"""The loss is the whole batch's, whatever the split; references agree; all options train; metrics are right."""
 
 import json
 import math
@@ -9,9 +9,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-import tiny
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+import tiny
 from prefkern import losses
 from prefkern.granularity import Adaptive
 from prefkern.training.config import Config, DataConfig
@@ -21,8 +24,6 @@ from prefkern.training.metrics import MetricWindow
 from prefkern.training.model import pack_forward
 from prefkern.training.run import run_training
 from prefkern.training.trainer import PreferenceTrainer
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 LOSSES = {
     "nll": losses.NLL(),
@@ -36,7 +37,12 @@ def trainer(tmp_path, loss, *, model=None, reference="auto", rows=16, **args) ->
     texts = tiny.completions(rows) if loss.arity == "single" else tiny.pairs(rows)
     data = prepare_dataset(datasets.Dataset.from_list(texts), tiny.tokenizer(), DataConfig(train="x"), arity=loss.arity)
     options = dict(
-        use_cpu=True, report_to="none", disable_tqdm=True, learning_rate=1e-2, save_strategy="no", dataloader_pin_memory=False
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        learning_rate=1e-2,
+        save_strategy="no",
+        dataloader_pin_memory=False,
     )
     args = TrainingArguments(output_dir=str(tmp_path), **{**options, **args})
     return PreferenceTrainer(
@@ -65,7 +71,9 @@ def test_accumulation_8_by_1_equals_1_by_8(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [[], ["model.lora={r: 2}"]], ids=["all weights", "lora"])
 def test_two_processes_equal_two_accumulated_batches(tmp_path, lora):
-    config = tiny.write_run(tmp_path, rows=tiny.pairs(16), trainer={"max_steps": 3, "report_to": "none", "save_strategy": "no"})
+    config = tiny.write_run(
+        tmp_path, rows=tiny.pairs(16), trainer={"max_steps": 3, "report_to": "none", "save_strategy": "no"}
+    )
     one, two = tmp_path / "one", tmp_path / "two"
     run_training(Config.from_dict(config, [f"run.output={one}", "trainer.gradient_accumulation_steps=2", *lora]))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
@@ -89,13 +97,15 @@ def test_a_short_last_accumulation_counts_what_it_has(tmp_path):
 
 
 def test_nll_is_the_mean_over_tokens_of_the_whole_batch(tmp_path):
-    run = trainer(tmp_path, losses.NLL(), max_steps=1, logging_steps=1, learning_rate=0.0, per_device_train_batch_size=4,
-                  gradient_accumulation_steps=4)  # fmt: skip
+    run = trainer(tmp_path, losses.NLL(), max_steps=1, logging_steps=1, learning_rate=0.0,
+                  per_device_train_batch_size=4, gradient_accumulation_steps=4)  # fmt: skip
     total, tokens = 0.0, 0
     with torch.no_grad():
         for row in run.train_dataset:
             ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
-            logps = run.model(ids).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :]
+            logps = (
+                run.model(ids).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :]
+            )
             total, tokens = total - logps.sum().item(), tokens + len(logps)
     run.train()
     [found] = [line["loss"] for line in run.state.log_history if "loss" in line]
@@ -135,7 +145,9 @@ def test_metrics_are_added_up_on_the_device_and_weighted():
 
 def test_references_agree(tmp_path):
     """Frozen copy and precomputed columns train to the same weights; so do adapters off and precomputed."""
-    base = tiny.write_run(tmp_path, rows=tiny.pairs(8), trainer={"max_steps": 4, "save_strategy": "no", "report_to": "none"})
+    base = tiny.write_run(
+        tmp_path, rows=tiny.pairs(8), trainer={"max_steps": 4, "save_strategy": "no", "report_to": "none"}
+    )
     for lora in ({}, {"model.lora": "{r: 2}"}):
         found = []
         for mode in ("frozen", "precomputed"):
@@ -185,7 +197,9 @@ def test_the_model_learns_and_the_reference_stays(tmp_path):
 
 
 def test_run_folder(tmp_path):
-    base = tiny.write_run(tmp_path, data={"eval_size": 4}, trainer={"num_train_epochs": 1, "logging_steps": 2, "report_to": "tensorboard"})
+    base = tiny.write_run(
+        tmp_path, data={"eval_size": 4}, trainer={"num_train_epochs": 1, "logging_steps": 2, "report_to": "tensorboard"}
+    )
     run = run_training(Config.from_dict(base))
     assert run.curves.read_bytes()[:4] == b"\x89PNG"
     assert list((run.output / "tensorboard").glob("events.*"))
@@ -206,7 +220,9 @@ def test_run_folder(tmp_path):
 ], ids=["boundaries", "bf16 checkpointed", "autocast", "lora checkpointed"])  # fmt: skip
 def test_options_train(tmp_path, overrides):
     rows = [{**row, "chosen_boundaries": [1], "rejected_boundaries": [1, 2]} for row in tiny.pairs(8)]
-    base = tiny.write_run(tmp_path, rows=rows, trainer={"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no"})
+    base = tiny.write_run(
+        tmp_path, rows=rows, trainer={"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no"}
+    )
     run = run_training(Config.from_dict(base, overrides))
     trained = [line["loss"] for line in run.history if "loss" in line]
     assert trained[-1] < trained[0]

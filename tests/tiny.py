@@ -30,7 +30,9 @@ def tokenizer(*, eos: str | None = "</s>", adds_bos: bool = True, chat_template:
     body.add_tokens([f"<x{i}>" for i in range(extra)])
     if adds_bos:
         body.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    made = PreTrainedTokenizerFast(tokenizer_object=body, bos_token="<s>", eos_token=eos, additional_special_tokens=["</s>"])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=body, bos_token="<s>", eos_token=eos, additional_special_tokens=["</s>"]
+    )
     made.chat_template = chat_template
     return made
 
@@ -38,15 +40,27 @@ def tokenizer(*, eos: str | None = "</s>", adds_bos: bool = True, chat_template:
 def llama(vocab: int = 259, dropout: float = 0.0, **options) -> LlamaForCausalLM:
     """A two-layer Llama of width 16 with fixed weights."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    config = {**sizes, "max_position_embeddings": 128, "attention_dropout": dropout, "initializer_range": 0.3, **options}
+    sizes = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    config = {
+        **sizes,
+        "max_position_embeddings": 128,
+        "attention_dropout": dropout,
+        "initializer_range": 0.3,
+        **options,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, bos_token_id=0, eos_token_id=1, **config))
 
 
 def pairs(n: int = 24) -> list[dict]:
     """Preference rows of several lengths."""
     return [
-        {"prompt": f"{i} and {i % 5} make ", "chosen": f"{i + i % 5}", "rejected": f"{i + i % 5 + 1}, or{'!' * (i % 4)}"}
+        {
+            "prompt": f"{i} and {i % 5} make ",
+            "chosen": f"{i + i % 5}",
+            "rejected": f"{i + i % 5 + 1}, or{'!' * (i % 4)}",
+        }
         for i in range(n)
     ]
 

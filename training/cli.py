@@ -52,7 +52,9 @@ def build_parser(with_demo: bool = False) -> argparse.ArgumentParser:
     """
     from prefkern import __version__
 
-    parser = argparse.ArgumentParser(prog="prefkern", description="Preference losses for language models, without logits.")
+    parser = argparse.ArgumentParser(
+        prog="prefkern", description="Preference losses for language models, without logits."
+    )
     parser.add_argument("--version", action="version", version=f"prefkern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
 
@@ -87,7 +89,10 @@ def _train(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("prefkern").setLevel(logging.INFO)
     config = load_config(args.config, args.overrides)
-    from prefkern.training.run import run_training  # imports transformers: only once the configuration can be read
+    from prefkern.training.resolve import resolve_loss
+
+    resolve_loss(config.loss)  # a wrong loss is told before importing transformers takes its seconds
+    from prefkern.training.run import run_training
 
     result = run_training(config)
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks

@@ -22,7 +22,7 @@ class PackedCollator:
 
     A batch holds, all on the host,
         input_ids, position_ids: (1, T) int64; positions restart at 0 with every sequence, which tells transformers
-            where one ends, so there is no attention mask. The last token of a response predicts nothing and is left out.
+            where one ends, so there is no attention mask. A response's last token predicts nothing and is left out.
         response_rows: (N,) int64, the rows of the T whose hidden state predicts a response token.
         labels: (N,) int64, those tokens.
         layout: the Layout of the N rows, cut if the rows hold `<response>_cuts`; moved to a device once, by the loss.

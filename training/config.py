@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from prefkern.training.errors import ConfigError
-from prefkern.training.schema import build, check_value
+from prefkern.training.schema import build
 
 ReferenceMode = Literal["auto", "frozen", "precomputed", "none"]
 
@@ -139,7 +139,9 @@ class DataConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}={value} should be at least 1, or null for no limit")
         if self.eval_size is not None and self.eval_size <= 0:
-            raise ConfigError(f"data.eval_size={self.eval_size} should be a number of rows or a fraction between 0 and 1")
+            raise ConfigError(
+                f"data.eval_size={self.eval_size} should be a number of rows or a fraction between 0 and 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise ConfigError(f"{str(path)!r}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise ConfigError(
+            f"{str(path)!r}{line} is not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from error
     if not isinstance(given, Mapping):
         raise ConfigError(f"{str(path)!r} should hold a mapping with the sections model, data and loss")
     given = dict(given)

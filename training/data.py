@@ -202,7 +202,9 @@ class RowTokenizer:
             raise DataError("its boundaries count characters of plain text, but it is a conversation: give plain text")
         for positions, response in zip(given, text.responses):
             if sorted(positions) != list(positions) or any(not 0 <= p <= len(response) for p in positions):
-                raise DataError(f"its boundaries {positions} should not decrease and lie within the {len(response)} characters")
+                raise DataError(
+                    f"its boundaries {positions} should not decrease and lie within the {len(response)} characters"
+                )
         starts = [[start for start, _ in pairs] for pairs in offsets]
         return [
             [min(bisect_left(begin, p), len(response)) for p in positions]
@@ -249,7 +251,9 @@ def _standard_columns(
         if standard not in known:
             raise DataError(f"data.columns.{standard} is not a column that this loss reads: {nearest(standard, known)}")
         if own not in rows.column_names:
-            raise DataError(f"{name} has no column {own!r} (data.columns.{standard}): {nearest(own, rows.column_names)}")
+            raise DataError(
+                f"{name} has no column {own!r} (data.columns.{standard}): {nearest(own, rows.column_names)}"
+            )
     wanted = {standard: columns.get(standard, standard) for standard in known}
     needed = known if boundaries or len(responses) == 1 else responses
     missing = [s for s in needed if wanted[s] not in rows.column_names]

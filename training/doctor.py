@@ -13,7 +13,17 @@ import torch
 from prefkern import __version__, losses
 from prefkern.planner import explain, triton_obstacle
 
-_PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "peft", "tokenizers", "tensorboard", "matplotlib")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "tensorboard",
+    "matplotlib",
+)
 _COLUMNS = {"pair": "prompt chosen rejected", "single": "prompt completion"}
 _EXAMPLE = (1024, 4096, 128_256)  # N, D, V: a micro-batch of a Llama-3 8B
 
@@ -57,7 +67,8 @@ def _devices() -> Iterator[str]:
     yield f"cpu: {cores} cores, {torch.get_num_threads()} torch threads"
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        yield f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}, bf16 {torch.cuda.is_bf16_supported()}"
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+        yield f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}, {bf16}"
     if torch.cuda.device_count() == 0:
         yield "no GPU"
 

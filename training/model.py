@@ -85,7 +85,9 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> nn.Mo
             **options,
         )
     except Exception as error:
-        raise ModelError(f"the model {config.name!r} cannot be loaded, check the model section: {_first_line(error)}") from error
+        raise ModelError(
+            f"the model {config.name!r} cannot be loaded, check the model section: {_first_line(error)}"
+        ) from error
     check_model(pack_forward(model if device is None else model.to(device)))
     return add_adapters(model, config.lora, config.gradient_checkpointing) if config.lora else model
 
@@ -131,7 +133,9 @@ def output_head(model: nn.Module) -> nn.Module:
     if head is None or not hasattr(head, "weight"):
         raise ModelError(f"{kind} has no output head with a weight: use a causal language model")
     if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-        raise ModelError("the output head is adapted, which is not supported yet: leave it out of model.lora.target_modules")
+        raise ModelError(
+            "the output head is adapted, which is not supported yet: leave it out of model.lora.target_modules"
+        )
     if not head.weight.is_floating_point():
         raise ModelError(f"the output head of {kind} is quantised: load the model with an unquantised head")
     if hasattr(head.weight, "ds_id"):
@@ -145,7 +149,10 @@ def head_options(model: nn.Module) -> dict[str, float | None]:
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # so does Falcon-H1
-    return {"softcap": softcap, "logit_scale": scale / (getattr(config, "logits_scaling", None) or 1.0)}  # Granite divides
+    return {
+        "softcap": softcap,
+        "logit_scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
+    }  # Granite divides
 
 
 def pack_forward(model: nn.Module) -> nn.Module:
@@ -223,7 +230,9 @@ def _packing_errors(base: nn.Module, weight: Tensor) -> tuple[float, float]:
         ids = torch.cat(sequences)[None]
         positions = torch.cat([torch.arange(len(s), device=device) for s in sequences])[None]
         rows = torch.arange(ids.shape[1], device=device)
-        return base(input_ids=ids, position_ids=positions, response_rows=rows, tail=lambda h, w, b: _logits(h, w, b, **options))
+        return base(
+            input_ids=ids, position_ids=positions, response_rows=rows, tail=lambda h, w, b: _logits(h, w, b, **options)
+        )
 
     together, other = packed(first, second), packed(first.flip(0), second)
     alone = torch.cat([base(input_ids=s[None], use_cache=False).logits[0].float() for s in (first, second)])

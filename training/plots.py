@@ -32,7 +32,11 @@ PANELS = (
         "nats per response",
         {"logps/chosen": "chosen", "logps/rejected": "rejected", "logps/response": "response"},
     ),
-    Panel("Token accuracy", "share of tokens", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"}),
+    Panel(
+        "Token accuracy",
+        "share of tokens",
+        {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"},
+    ),
     Panel("Entropy", "nats per token", {"entropy": "training", "eval_entropy": "evaluation"}),
     Panel("Gradient norm", "norm", {"grad_norm": "before clipping"}),
     Panel("Learning rate", "learning rate", {"learning_rate": "learning rate"}),

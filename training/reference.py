@@ -129,7 +129,9 @@ def add_reference_logps(
         batched=True,
         batch_size=batch_size,
         features=datasets.Features({**rows.features, **{f"ref_{r}_logps": logps for r in responses}}),
-        new_fingerprint=Hasher.hash([rows._fingerprint, _weights_key(model), str(autocast), repr(sorted(options.items()))]),
+        new_fingerprint=Hasher.hash(
+            [rows._fingerprint, _weights_key(model), str(autocast), repr(sorted(options.items()))]
+        ),
         desc=f"Reference log-probabilities of {name}",
     )
 

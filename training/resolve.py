@@ -128,7 +128,7 @@ def resolved(config: Config, loss: losses.Loss, trainer_options: Mapping[str, An
 
 
 def check_same_run(config: Config, saved: Config) -> None:
-    """Raise ConfigError where a run would be continued with another model, data, loss or reference than it began with."""
+    """Raise ConfigError where a run would be continued with another model, data, loss or reference than before."""
     for section in ("model", "data", "loss", "reference"):
         now, then = (_flat(c.to_dict()[section], section) for c in (config, saved))
         for key in sorted(now.keys() | then.keys()):

@@ -35,6 +35,7 @@ from prefkern.training.resolve import (
 )
 from prefkern.training.sources import load_splits
 from prefkern.training.trainer import PreferenceTrainer
+
 logger = logging.getLogger(__name__)
 
 
@@ -137,7 +138,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _start(output: Path, config: Config) -> Path | None:
-    """The checkpoint to start from, if any; a run that is there already is not overwritten, nor continued as another."""
+    """The checkpoint to start from, if any; a run that is there is not overwritten, nor continued as another."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"run.output={str(output)!r} is a file: choose another folder")
     if config.run.resume:
@@ -146,7 +147,8 @@ def _start(output: Path, config: Config) -> Path | None:
         return last_checkpoint(output)
     if (output / "config.yaml").exists() or any(output.glob("checkpoint-*")):
         raise ConfigError(
-            f"run.output={str(output)!r} already holds a run: set run.resume=true to continue it, or choose another folder"
+            f"run.output={str(output)!r} already holds a run: "
+            "set run.resume=true to continue it, or choose another folder"
         )
     return None
 
@@ -158,8 +160,8 @@ def _prepare(
     context = getattr(text_config, "max_position_embeddings", None)
     if config.data.max_length and context and config.data.max_length > context:
         raise ModelError(
-            f"data.max_length={config.data.max_length} is more than the {context} tokens that {config.model.name!r} can read: "
-            "lower it"
+            f"data.max_length={config.data.max_length} is more than the {context} tokens that "
+            f"{config.model.name!r} can read: lower it"
         )
     with args.main_process_first(desc="tokenising"):
         train, evaluation = load_splits(config.data)

@@ -30,7 +30,9 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     for option in _options(hint):
         if isinstance(value, str) and isinstance(option, type) and issubclass(option, enum.Enum):
             if value not in {member.value for member in option}:
-                raise ConfigError(f"{key}={value!r} is not one of its values: {nearest(value, [m.value for m in option])}")
+                raise ConfigError(
+                    f"{key}={value!r} is not one of its values: {nearest(value, [m.value for m in option])}"
+                )
         ok, converted = _convert(key, value, option)
         if ok:
             return converted

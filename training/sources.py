@@ -85,7 +85,9 @@ def _read(path: Path, source: str, split: str, name: str | None) -> datasets.Dat
 def _hold_out(rows: datasets.Dataset, size: int | float) -> tuple[datasets.Dataset, datasets.Dataset]:
     held = round(len(rows) * size) if size < 1 else int(size)
     if not 0 < held < len(rows):
-        raise DataError(f"data.eval_size={size} would hold out {held} of {len(rows)} rows: at least one must be left on each side")
+        raise DataError(
+            f"data.eval_size={size} would hold out {held} of {len(rows)} rows: at least one must be left on each side"
+        )
     parts = rows.train_test_split(test_size=held, seed=0)
     return parts["train"], parts["test"]
 

@@ -45,7 +45,7 @@ class PreferenceTrainer(Trainer):
         loss: Loss,
         reference: ReferenceMode = "auto",
         reference_model: nn.Module | None = None,
-        head: HeadConfig = HeadConfig(),
+        head: HeadConfig | None = None,
         data_collator: PackedCollator | None = None,
         **others: Any,
     ) -> None:
@@ -57,11 +57,13 @@ class PreferenceTrainer(Trainer):
         super().__init__(pack_forward(model), args, data_collator=collator, **others)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch: do not divide again
         self.loss_is_scaled_for_ga = True
-        self._head = head_arguments(model, head)
+        self._head = head_arguments(model, head or HeadConfig())
         self._train_window, self._eval_window = MetricWindow(), MetricWindow()
         self._reference_model = None
         if self.reference == "frozen":
-            copied = frozen_copy(model) if reference_model is None else pack_forward(reference_model).requires_grad_(False)
+            copied = (
+                frozen_copy(model) if reference_model is None else pack_forward(reference_model).requires_grad_(False)
+            )
             if copied is not None:
                 self._reference_model = self.accelerator.prepare_model(copied.eval(), evaluation_mode=True)
 
@@ -147,7 +149,9 @@ class PreferenceTrainer(Trainer):
         """
         self._eval_window = MetricWindow()
         with torch.random.fork_rng(devices=[]):
-            output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
         means = self._eval_window.flush(self._add_up)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
