@@ -1,5 +1,6 @@
 """What the README shows is true: Python runs, YAML and command lines are accepted, files named are there."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -48,7 +49,7 @@ def check_command(words: list[str]) -> None:
         for variable in (word.partition("=")[0] for word in rest if "=" in word):
             assert f"$({variable})" in MAKEFILE or f"$(or $({variable})," in MAKEFILE, f"Makefile knows no {variable}"
     elif name in ("python", "python3"):
-        assert rest[0] == "-m" and (ROOT / rest[1]).is_dir() or rest[1] == "pytest", f"no module {rest[1]}"
+        assert rest[0] == "-m" and importlib.util.find_spec(rest[1]), f"no module {rest[1]}"
         for path in (word.partition("::")[0] for word in rest[2:] if "/" in word):
             assert (ROOT / path).exists(), f"{path} is not there"
     else:
