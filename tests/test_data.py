@@ -131,6 +131,7 @@ def test_truncation_cuts_the_prompt_left_and_the_response_right():
     assert made["prompt_ids"] == [BOS, *ids("45")], "BOS stays"
     assert made["chosen_ids"] == ids("abcde"), "ab is one token; EOS lies beyond the cut"
     assert made["rejected_ids"] == [*ids("x"), EOS]
+    assert made["length"] == (3 + 4 - 1) + (3 + 2 - 1), "the model does not read a response's last token"
     assert made["cut_tokens"] == 3 + 2, "of the prompt with its BOS, and of ab c d e f EOS"
     [made] = prepare([row], max_prompt_length=3, max_length=5)
     assert (len(made["prompt_ids"]), len(made["chosen_ids"]), len(made["rejected_ids"])) == (3, 2, 2)

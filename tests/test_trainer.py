@@ -215,9 +215,9 @@ def test_run_folder(tmp_path):
 @pytest.mark.parametrize("overrides", [
     ["loss.name=autoregressive_dpo", "loss.granularity=boundaries"],
     ["model.dtype=bfloat16", "model.gradient_checkpointing=true"],
-    ["trainer.bf16=true", "model.head.impl=eager"],
+    ["trainer.bf16=true", "model.head.impl=eager", "trainer.train_sampling_strategy=group_by_length"],
     ["model.lora={r: 2, dropout: 0.1}", "model.gradient_checkpointing=true", "loss.name=ipo"],
-], ids=["boundaries", "bf16 checkpointed", "autocast", "lora checkpointed"])  # fmt: skip
+], ids=["boundaries", "bf16 checkpointed", "autocast, grouped", "lora checkpointed"])  # fmt: skip
 def test_options_train(tmp_path, overrides):
     rows = [{**row, "chosen_boundaries": [1], "rejected_boundaries": [1, 2]} for row in tiny.pairs(8)]
     base = tiny.write_run(

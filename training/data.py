@@ -31,7 +31,7 @@ from prefkern.training.errors import DataError, nearest
 from prefkern.training.prompts import split_row
 
 RESPONSES = {"pair": ("chosen", "rejected"), "single": ("completion",)}
-_RECIPE = 1  # raise when the same row would become other tokens: it is part of the cache's key
+_RECIPE = 2  # raise when the same row would become other tokens: it is part of the cache's key
 
 
 def prepare_dataset(
@@ -57,7 +57,8 @@ def prepare_dataset(
         context_length: the model's; the default of max_length.
         name: what messages call the dataset.
     Returns:
-        Columns `prompt_ids`, one `<response>_ids` for each response, and `cut_tokens` (dropped by truncation).
+        Columns `prompt_ids`, one `<response>_ids` for each response, `length` (tokens that the model reads for the
+        row, by which Trainer can group) and `cut_tokens` (dropped by truncation).
     Raises:
         DataError: a column is missing, the tokenizer has no EOS, or a row cannot be trained on; the message names
             the row, counted from 0.
@@ -75,8 +76,8 @@ def prepare_dataset(
         name,
     )
     key = [rows._fingerprint, _RECIPE, tokenizer_key(tokenizer), maker.settings]
-    ids = datasets.List(datasets.Value("int32"))
-    features = {column: ids for column in maker.columns} | {"cut_tokens": datasets.Value("int32")}
+    ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
+    features = {column: ids for column in maker.columns} | {"length": number, "cut_tokens": number}
     return rows.map(
         maker,
         batched=True,
@@ -141,7 +142,7 @@ class RowTokenizer:
         texts = []
         for i, prompt, *responses in zip(indices, prompts, *(batch[r] for r in self.responses)):
             texts.append(self._at(i, split_row, prompt, responses, self.tokenizer))
-        out = {column: [] for column in [*self.columns, "cut_tokens"]}
+        out = {column: [] for column in [*self.columns, "length", "cut_tokens"]}
         prompt_ids = self._encode([t.prompt for t in texts])["input_ids"]
         encoded = [self._encode([self._until_eos(t, r) for t in texts]) for r in range(len(self.responses))]
         for n, (i, text) in enumerate(zip(indices, texts)):
@@ -152,7 +153,8 @@ class RowTokenizer:
                 given = [batch[f"{r}_boundaries"][n] for r in self.responses]
                 offsets = [e["offset_mapping"][n] for e in encoded]
                 row += self._at(i, self._cuts, text, given, offsets, responses)
-            for column, value in zip(out, [*row, dropped]):
+            length = len(responses) * (len(prompt) - 1) + sum(map(len, responses))
+            for column, value in zip(out, [*row, length, dropped]):
                 out[column].append(value)
         return out
 

@@ -123,7 +123,7 @@ def add_reference_logps(
             pieces = reference_logps(model, batch, options).cpu().split(lengths)
         return {f"ref_{r}_logps": [p.tolist() for p in pieces[i :: len(responses)]] for i, r in enumerate(responses)}
 
-    logps = datasets.List(datasets.Value("float32"))
+    logps = datasets.Sequence(datasets.Value("float32"))
     return rows.map(
         compute,
         batched=True,

@@ -57,15 +57,18 @@ class PreferenceTrainer(Trainer):
         super().__init__(pack_forward(model), args, data_collator=collator, **others)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch: do not divide again
         self.loss_is_scaled_for_ga = True
-        self._head = head_arguments(model, head or HeadConfig())
         self._train_window, self._eval_window = MetricWindow(), MetricWindow()
+        head = head or HeadConfig()
+        self._head = self._reference_head = head_arguments(model, head)
         self._reference_model = None
         if self.reference == "frozen":
-            copied = (
-                frozen_copy(model) if reference_model is None else pack_forward(reference_model).requires_grad_(False)
-            )
-            if copied is not None:
-                self._reference_model = self.accelerator.prepare_model(copied.eval(), evaluation_mode=True)
+            if reference_model is None:
+                frozen = frozen_copy(model)
+            else:
+                frozen = pack_forward(reference_model).requires_grad_(False).eval()
+                self._reference_head = head_arguments(reference_model, head)
+            if frozen is not None:
+                self._reference_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
 
     def compute_loss(
         self,
@@ -113,7 +116,7 @@ class PreferenceTrainer(Trainer):
         if self.reference == "precomputed":
             return inputs["ref_logps"]
         if self._reference_model is not None:
-            return reference_logps(self._reference_model, inputs, self._head)
+            return reference_logps(self._reference_model, inputs, self._reference_head)
         return reference_logps(self.accelerator.unwrap_model(model), inputs, self._head, forward=model)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | float | None:
