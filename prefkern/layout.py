@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -65,8 +66,17 @@ class Layout:
             raise ValueError(f"group_sizes must be at least 1: {min(self.group_sizes)}")
         if sum(self.group_sizes) != len(self.lengths):
             raise ValueError(f"group_sizes add up to {sum(self.group_sizes)}, but there are {len(self.lengths)} lengths")
+        if self.segment_lengths is not None:
+            self._check_segments()
         if self.accumulate not in ("segment", "prefix"):
             raise ValueError(f"accumulate={self.accumulate!r} must be 'segment' or 'prefix'")
+
+    def _check_segments(self) -> None:
+        if tuple(map(sum, self.segment_lengths)) != self.lengths:
+            raise ValueError("segment_lengths do not add up to the responses' lengths")
+        for first, size in zip(self._prompt_starts, self.group_sizes):
+            if len({len(segments) for segments in self.segment_lengths[first : first + size]}) > 1:
+                raise ValueError("the responses of a prompt must have the same number of segments")
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -214,11 +224,9 @@ class Layout:
     @cached_property
     def has_empty_group(self) -> bool:
         """Whether some group holds no token at all."""
-        return any(
-            not any(segments[i] for segments in self._segments[first : first + size])
-            for first, size, parts in zip(self._prompt_starts, self.group_sizes, self.segments_per_prompt)
-            for i in range(parts)
-        )
+        start, end, group_offsets, *_ = self._host_index
+        tokens_before = _offsets(end - start)[group_offsets]
+        return bool((tokens_before.diff() == 0).any())
 
     @cached_property
     def _segments(self) -> tuple[tuple[int, ...], ...]:
@@ -226,7 +234,7 @@ class Layout:
 
     @cached_property
     def _prompt_starts(self) -> tuple[int, ...]:
-        return tuple(_offsets(self.group_sizes)[:-1])
+        return tuple(itertools.accumulate(self.group_sizes, initial=0))[:-1]
 
     def index(self, device: torch.device | str) -> TailIndex:
         """The layout on a device, copied there in one transfer and kept for the next call."""
@@ -236,49 +244,66 @@ class Layout:
         return self._device_index[device]
 
     def _build_index(self, device: torch.device) -> TailIndex:
-        prefix = self.accumulate == "prefix"
-        response_offsets = _offsets(self.lengths)
-        response_segments = _offsets([len(s) for s in self._segments])
-        row_order_offsets = _offsets([n for s in self._segments for n in s])
-        start, end, response, group_of, prompt_of = [], [], [], [], []
-        group_offsets, order = [0], [0] * (len(row_order_offsets) - 1)
-        for p, (first, size, parts) in enumerate(zip(self._prompt_starts, self.group_sizes, self.segments_per_prompt)):
-            for i in range(parts):
-                for r in range(first, first + size):
-                    j = response_segments[r] + i
-                    order[j] = len(start)
-                    start.append(row_order_offsets[j])
-                    end.append(row_order_offsets[j + 1])
-                    response.append(r)
-                    group_of.append(len(group_offsets) - 1)
-                group_offsets.append(len(start))
-                prompt_of.append(p)
-        parts_of_group = [n for n in self.segments_per_prompt for _ in range(n)]
-        groups_of_chain = self.segments_per_prompt if prefix else (1,) * len(prompt_of)
-        chain_offsets = _offsets(groups_of_chain)
-        chain_of_group = [c for c, n in enumerate(groups_of_chain) for _ in range(n)]
-        chain_of_token, chain_tokens = [0] * self.num_tokens, [0] * len(groups_of_chain)
-        for first, last, g in zip(start, end, group_of):
-            chain_of_token[first:last] = [chain_of_group[g]] * (last - first)
-            chain_tokens[chain_of_group[g]] += last - first
-        host = [start, end, group_offsets, chain_offsets, chain_of_token, chain_tokens, response, group_of,
-                prompt_of, response_offsets, order, row_order_offsets, response_segments, parts_of_group]  # fmt: skip
-        packed = torch.tensor([x for part in host for x in part], dtype=torch.int64)
+        parts = self._host_index
+        packed = torch.cat(parts)
         if device.type == "cuda":
             packed = packed.pin_memory()
-        views = packed.to(device, non_blocking=True).split([len(part) for part in host])
-        return TailIndex(*views, max_group=max(self.group_sizes, default=1), prefix=prefix)
+        views = packed.to(device, non_blocking=True).split([len(part) for part in parts])
+        return TailIndex(*views, max_group=max(self.group_sizes, default=1), prefix=self.accumulate == "prefix")
+
+    @cached_property
+    def _host_index(self) -> list[Tensor]:
+        """The tensors of TailIndex, in its order."""
+        lengths = torch.tensor([n for segments in self._segments for n in segments], dtype=torch.int64)  # in row order
+        sizes_P, parts_P = _tensor(self.group_sizes), _tensor(self.segments_per_prompt)
+        parts_R = parts_P.repeat_interleave(sizes_P)
+        response_segments, row_order_offsets = _offsets(parts_R), _offsets(lengths)
+        # Of each segment in row order: its response, prompt, which part it is, its group, its number in group order.
+        response = torch.arange(len(parts_R)).repeat_interleave(parts_R)
+        prompt = torch.arange(len(sizes_P)).repeat_interleave(sizes_P)[response]
+        part = torch.arange(len(lengths)) - response_segments[response]
+        group = _offsets(parts_P)[prompt] + part
+        member = response - _offsets(sizes_P)[prompt]
+        order = _offsets(parts_P * sizes_P)[prompt] + part * sizes_P[prompt] + member
+
+        prompt_of_group = torch.arange(len(parts_P)).repeat_interleave(parts_P)
+        if self.accumulate == "prefix":
+            chain_of_group, chain_offsets = prompt_of_group, _offsets(parts_P)
+        else:
+            chain_of_group, chain_offsets = torch.arange(len(prompt_of_group)), torch.arange(len(prompt_of_group) + 1)
+        chain = chain_of_group[group]
+
+        def in_group_order(values: Tensor) -> Tensor:
+            return torch.empty_like(values).index_copy_(0, order, values)
+
+        return [
+            in_group_order(row_order_offsets[:-1]),
+            in_group_order(row_order_offsets[1:]),
+            _offsets(sizes_P.repeat_interleave(parts_P)),
+            chain_offsets,
+            chain.repeat_interleave(lengths),
+            torch.zeros(len(chain_offsets) - 1, dtype=torch.int64).index_add_(0, chain, lengths),
+            in_group_order(response),
+            in_group_order(group),
+            prompt_of_group,
+            _offsets(_tensor(self.lengths)),
+            order,
+            row_order_offsets,
+            response_segments,
+            parts_P.repeat_interleave(parts_P),
+        ]
 
 
 def _ints(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(v) for v in values)
 
 
-def _offsets(sizes: Sequence[int]) -> list[int]:
-    offsets = [0]
-    for n in sizes:
-        offsets.append(offsets[-1] + n)
-    return offsets
+def _tensor(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _offsets(sizes: Tensor) -> Tensor:
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
 def _positive(name: str, value: int) -> None:
@@ -288,7 +313,9 @@ def _positive(name: str, value: int) -> None:
 
 def _windows(length: int, k: int, longest: int) -> tuple[int, ...]:
     count = max(1, -(-longest // k))
-    return tuple(max(0, min(k, length - i * k)) for i in range(count))
+    whole, rest = divmod(length, k)
+    windows = (k,) * whole + (rest,) * (rest > 0)
+    return windows + (0,) * (count - len(windows))
 
 
 def _parts_a(length: int, m: int) -> tuple[int, ...]:
