@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prefkern.head import Head, RowStats
+from prefkern.products import add_product
 
 from .logits import label_column, label_logp_grad, online_update, transform, transform_args, transform_grad
 from .row_softmax import empty_stats, finish_stats
@@ -322,23 +323,13 @@ def lm_head_backward(
         last = min(first + width, V)
         dlogits = slice_NW[:, : last - first]
         if dhidden is not None:
-            _add_product(dhidden, dlogits, weight_VD[first:last])
+            add_product(dhidden, dlogits, weight_VD[first:last])
         if dweight is not None:
             torch.mm(dlogits.t(), hidden_ND, out=dweight[first:last])
         if dbias is not None:
             torch.sum(dlogits, 0, dtype=torch.float32, out=dbias[first:last])
     dhidden = None if dhidden is None else dhidden.to(hidden_ND.dtype)
     return dhidden, dweight, None if dbias is None else dbias.to(bias_V.dtype)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b with the product in fp32 also where a and b are not."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 # Rows of one program of the combine kernel.

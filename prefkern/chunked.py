@@ -16,6 +16,7 @@ from torch import Tensor
 from prefkern import rows as torch_rows
 from prefkern.head import Head, RowStats
 from prefkern.planner import Plan
+from prefkern.products import add_product
 from prefkern.reference import accumulator
 
 # Labels of a slice are taken less its start; these two values can then not be mistaken for a label.
@@ -105,13 +106,3 @@ def backward(
         if needs[2]:
             dbias[part] = dlogits.sum(0, dtype=wide)
     return None if dhidden is None else dhidden.to(hidden_ND.dtype), dweight, dbias
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b with an fp32 total, the product kept in fp32 where the library can."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=total.dtype)
-    else:
-        total += torch.mm(a, b)
