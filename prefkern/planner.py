@@ -143,9 +143,9 @@ def plan(
         raise ValueError(f"workspace_bytes={workspace_bytes!r} must be at least 1")
     needs = "the head needs a gradient" if grad_head else "only hidden needs a gradient" if grad_hidden else "no gradient"
     if impl == "cut":
-        require_triton(device)
+        require_triton(device, dtype)
     row = BODIES["chunked" if impl == "auto" else impl][2 if grad_head else 1 if grad_hidden else 0]
-    how = "asked for" if impl != "auto" else "fewest FLOPs of the table; row work by " + row_engine(device)
+    how = "asked for" if impl != "auto" else "fewest FLOPs of the table; row work by " + ("Triton" if uses_triton(device, dtype) else "torch")
     workspace = default_workspace(device) if workspace_bytes is None else workspace_bytes
     return Plan(row, shape, workspace, dtype.itemsize, f"{needs}; {row.body} body: {how}")
 
@@ -186,8 +186,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def triton_obstacle(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on tensors of this device, in words; None where they can."""
+def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device and dtype, in words; None where they can."""
+    if dtype == torch.float64:
+        return "the kernels compute in fp32 and take no float64 tensors"
     if not has_triton():
         return "the triton package is not installed (pip install triton; Linux only)"
     if device.type != "cuda" and not interpreting():
@@ -195,13 +197,13 @@ def triton_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def require_triton(device: torch.device) -> None:
-    """Raise RuntimeError with the mend where Triton kernels cannot run on this device."""
-    obstacle = triton_obstacle(device)
+def require_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Raise RuntimeError with the mend where Triton kernels cannot run on such tensors."""
+    obstacle = triton_obstacle(device, dtype)
     if obstacle:
         raise RuntimeError(f"a Triton body was asked for, but {obstacle}; impl='auto' picks one that runs here")
 
 
-def row_engine(device: torch.device) -> str:
-    """Who does the row work of the chunked body on this device."""
-    return "Triton" if device.type == "cuda" and has_triton() else "torch"
+def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether impl="auto" runs Triton kernels on such tensors: on a GPU, but not in float64, which they lack."""
+    return device.type == "cuda" and dtype != torch.float64 and has_triton()

@@ -13,7 +13,7 @@ from prefkern import reference
 from prefkern.head import IGNORE_INDEX, Head
 from prefkern.layout import Layout, TailIndex
 from prefkern.losses.base import Loss
-from prefkern.planner import has_triton, require_triton
+from prefkern.planner import require_triton, uses_triton
 from prefkern.token_logps import (
     LogitsCall, TokenLogpsOutput, check_logits, check_outputs, first_order_only, logits_gradient,
     logits_rows, logits_token_logps, token_logps,
@@ -163,7 +163,7 @@ def logits_preference_loss(
         logits: (N, V); the others as in `logits_token_logps` and `preference_loss`.
         impl: "auto" (one fused Triton launch on a GPU, torch elsewhere), "triton" or "eager".
     """
-    if impl == "auto" and not (logits.is_cuda and has_triton()) or impl == "eager":
+    if impl == "eager" or impl == "auto" and not uses_triton(logits.device, logits.dtype):
         out = logits_token_logps(
             logits, labels, softcap, logit_scale, temperature, ignore_index, outputs, impl=impl, keep_logits=keep_logits
         )
@@ -176,7 +176,7 @@ def logits_preference_loss(
         raise ValueError(f"{loss.name} couples the batch: it needs all scores before its link; pass impl='eager'")
     batch = _prepare(layout, loss, logits.device, torch.float32, ref_logps, token_weights, mask)
     head = Head(softcap, logit_scale, temperature, ignore_index)
-    call = LogitsCall(head, want, logits_rows("triton", logits.device), keep_logits or logits.is_leaf)
+    call = LogitsCall(head, want, logits_rows("triton", logits), keep_logits or logits.is_leaf)
     summed, score_S, *stats = FusedLogits.apply(logits, labels, batch, call)
     out = TokenLogpsOutput(stats[0], entropy=stats[2], is_top1=stats[3], mean_logit=stats[4], lse=stats[1] if "lse" in want else None)
     return _finish(summed, score_S, out.logps, batch, normalizer, _row_metrics(out, mask))
@@ -308,9 +308,9 @@ def _use_triton(impl: str, logps: Tensor) -> bool:
     if impl not in ("auto", "triton", "eager"):
         raise ValueError(f"impl={impl!r} must be one of auto, triton, eager")
     if impl == "triton":
-        require_triton(logps.device)
+        require_triton(logps.device, logps.dtype)
         return True
-    return impl == "auto" and logps.is_cuda and logps.dtype == torch.float32 and has_triton()
+    return impl == "auto" and uses_triton(logps.device, logps.dtype)
 
 
 def _check_tail(rows_N: Tensor, layout: Layout, loss: Loss, ref_logps, token_weights, mask) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prefkern.head import Head, RowStats
-from prefkern.planner import has_triton
+from prefkern.planner import uses_triton
 from prefkern.reference import accumulator
 
 # Elements of one piece: 2 MiB in fp32, about one core's second-level cache.
@@ -158,9 +158,9 @@ def _slope(z: Tensor, head: Head) -> Tensor | None:
     return z.mul(head.temperature / head.softcap).square_().neg_().add_(1)
 
 
-def implementation(device: torch.device) -> ModuleType:
-    """The module whose row_softmax_forward and row_softmax_backward serve a device: Triton's on a GPU, else this one."""
-    if device.type == "cuda" and has_triton():
+def implementation(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module with the row functions for logits of this device and dtype: Triton's where it serves, else this one."""
+    if uses_triton(device, dtype):
         from prefkern.kernels import row_softmax
 
         return row_softmax

@@ -118,7 +118,7 @@ def token_logps(
     if chosen.row.body == "eager":
         stats = reference.rows_from_hidden(hidden, weight, bias, labels, head, want)
     else:
-        call = HiddenCall(head, want, torch_rows.implementation(hidden.device), chosen)
+        call = HiddenCall(head, want, torch_rows.implementation(hidden.device, hidden.dtype), chosen)
         stats = RowStats(*TokenLogps.apply(hidden, weight, bias, labels, call))
     return _output(stats, want, shape)
 
@@ -154,7 +154,7 @@ def logits_token_logps(
     if impl == "eager":
         stats = reference.rows_from_logits(logits_NV, labels, head, want)
     else:
-        call = LogitsCall(head, want, logits_rows(impl, logits.device), keep_logits or logits.is_leaf)
+        call = LogitsCall(head, want, logits_rows(impl, logits), keep_logits or logits.is_leaf)
         stats = RowStats(*LogitsTokenLogps.apply(logits_NV, labels, call))
     return _output(stats, want, shape)
 
@@ -270,13 +270,13 @@ def _output(stats: RowStats, want: tuple[str, ...], shape: torch.Size) -> TokenL
     return TokenLogpsOutput(stats.logps.view(shape), **asked)
 
 
-def logits_rows(impl: str, device: torch.device) -> ModuleType:
+def logits_rows(impl: str, logits: Tensor) -> ModuleType:
     """The row functions for logits that exist already."""
     if impl not in ("auto", "triton"):
         raise ValueError(f"impl={impl!r} must be one of auto, triton, eager")
     if impl == "auto":
-        return torch_rows.implementation(device)
-    require_triton(device)
+        return torch_rows.implementation(logits.device, logits.dtype)
+    require_triton(logits.device, logits.dtype)
     from prefkern.kernels import row_softmax
 
     return row_softmax

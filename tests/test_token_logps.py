@@ -282,6 +282,12 @@ def test_wrong_arguments_are_named(change, words):
     assert words in str(error.value)
 
 
+def test_cut_takes_no_float64():
+    hidden, weight, labels, _ = make(3, 4, 5, torch.float64, bias=False)
+    with pytest.raises(RuntimeError, match="no float64"):
+        pk.token_logps(hidden, weight, labels, impl="cut")
+
+
 def test_explain_names_the_row():
     text = pk.explain(1024, 1024, 128_256, grad_head=False)
     assert "frozen_head" in text and "4NDV" not in text.splitlines()[0] and "5.379e+11" in text
