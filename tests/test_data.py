@@ -295,6 +295,7 @@ def test_collator_packs_in_prefkerns_order():
     batch = PackedCollator("pair")(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 5, 6, 4, 4, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 0, 1]]
+    assert batch["sequence_lengths"] == [4, 2, 1, 2]
     assert batch["labels"].tolist() == [7, 8, 1, 9, 3, 2, 1]
     assert batch["response_rows"].tolist() == [1, 2, 3, 5, 6, 7, 8]
     assert batch["layout"].lengths == (3, 1, 1, 2) and batch["layout"].is_pairs

@@ -78,6 +78,24 @@ def test_packed_equals_one_by_one(name, attention):
         torch.testing.assert_close(p.grad, gradients[k], rtol=1e-4, atol=1e-5, msg=lambda m, k=k: f"{k}: {m}")
 
 
+@pytest.mark.parametrize("window", [2, 4])
+def test_a_sliding_window_is_honoured(window):
+    model = build("Mistral", head_dim=8, sliding_window=window)
+    with torch.no_grad():
+        found, expected = packed(model), one_by_one(model)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(found, packed(build("Mistral", head_dim=8, sliding_window=None)), atol=1e-3)
+
+
+def test_no_mask_over_the_whole_batch_is_made():
+    model = build("Llama")
+    largest = []
+    with _Sizes(largest), torch.no_grad():
+        packed(model)
+    rows = PackedCollator("pair")(ROWS)["input_ids"].shape[1]
+    assert (rows, rows) not in {shape[-2:] for shape in largest}
+
+
 @pytest.mark.parametrize("name, options", [
     ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0, "tie_word_embeddings": True}),
     ("Cohere", {"logit_scale": 0.5}),
@@ -122,6 +140,7 @@ def test_copies_saving_and_plain_calls_are_untouched(tmp_path):
         assert not torch.equal(packed(model), packed(copied)), "a copy runs on its own weights"
         model.save_pretrained(tmp_path)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert loaded.config._attn_implementation == "sdpa", "our attention is not saved with the model"
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] <= 6
 
@@ -174,6 +193,19 @@ def test_load_model(tmp_path, dtype):
     model = load_model(ModelConfig(name=str(tmp_path), dtype=dtype, lora=LoraConfig(r=2)))
     assert model.get_base_model().lm_head.weight.dtype == getattr(torch, dtype)
     assert head_options(model) == {"softcap": None, "logit_scale": 1.0}
+
+
+class _Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the shape of every tensor that is made."""
+
+    def __init__(self, shapes: list) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.shapes.extend(tuple(t.shape) for t in (out if isinstance(out, tuple) else (out,)) if hasattr(t, "shape"))
+        return out
 
 
 def test_packed_llama_of_the_trainer_tests_is_not_degenerate():

@@ -26,6 +26,7 @@ class PackedCollator:
         response_rows: (N,) int64, the rows of the T whose hidden state predicts a response token.
         labels: (N,) int64, those tokens.
         layout: the Layout of the N rows, cut if the rows hold `<response>_cuts`; moved to a device once, by the loss.
+        sequence_lengths: rows of each of the packed sequences, plain integers.
         ref_logps: (N,) fp32, if the rows hold precomputed reference log-probabilities.
     """
 
@@ -34,7 +35,7 @@ class PackedCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         responses = RESPONSES[self.arity]
-        ids, positions, kept, labels, lengths, reference, cuts = [], [], [], [], [], [], []
+        ids, positions, kept, labels, lengths, sequences, reference, cuts = [], [], [], [], [], [], [], []
         for row in rows:
             prompt = list(row["prompt_ids"])
             for name in responses:
@@ -42,7 +43,8 @@ class PackedCollator:
                 start = len(ids) + len(prompt) - 1  # the last prompt row predicts the first response token
                 kept.extend(range(start, start + len(response)))
                 ids += prompt + response[:-1]
-                positions.extend(range(len(prompt) + len(response) - 1))
+                sequences.append(len(prompt) + len(response) - 1)
+                positions.extend(range(sequences[-1]))
                 labels += response
                 lengths.append(len(response))
                 if f"ref_{name}_logps" in row:
@@ -55,6 +57,7 @@ class PackedCollator:
             "position_ids": torch.tensor([positions]),
             "response_rows": torch.tensor(kept),
             "labels": torch.tensor(labels),
+            "sequence_lengths": sequences,
             "layout": layout.split_at(cuts, accumulate=self.accumulate) if cuts else layout,
         }
         if reference:

@@ -8,15 +8,17 @@ untouched.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prefkern.training import attention
 from prefkern.training.config import LoraConfig, ModelConfig
 from prefkern.training.errors import ModelError
 
@@ -156,34 +158,61 @@ def head_options(model: nn.Module) -> dict[str, float | None]:
 
 
 def pack_forward(model: nn.Module) -> nn.Module:
-    """Give the model's forward the keywords `response_rows` and `tail`; see this module's docstring.
+    """Give the model's forward the keywords `response_rows`, `tail` and `sequence_lengths`: see the module's docstring.
+
+    A model whose attention is "sdpa" attends to each packed sequence by itself, see `prefkern.training.attention`.
 
     Args:
         model: a transformers causal language model, or peft's wrapper of one. Changed in place and returned.
     """
     base = base_model(model)
     base.forward = types.MethodType(_packed_forward, base)  # a bound method follows its module through deepcopy
+    chunked = getattr(base.config.get_text_config(), "attention_chunk_size", None) is not None
+    if base.config._attn_implementation == "sdpa" and not chunked:
+        base.set_attn_implementation(attention.NAME)
     return model
 
 
-def _packed_forward(self, *args, response_rows: Tensor | None = None, tail: Tail | None = None, **kwargs):
+def _packed_forward(
+    self,
+    *args,
+    response_rows: Tensor | None = None,
+    tail: Tail | None = None,
+    sequence_lengths: Sequence[int] | None = None,
+    **kwargs,
+):
     if response_rows is None:
         return type(self).forward(self, *args, **kwargs)
-    run = _decode_padded if getattr(self, "pads_sequences", False) else _decode
-    hidden = run(self.get_decoder(), kwargs["input_ids"], kwargs["position_ids"])
+    input_ids, position_ids = kwargs["input_ids"], kwargs["position_ids"]
+    separate = self.config._attn_implementation == attention.NAME
+    padded = getattr(self, "pads_sequences", False)
+    if sequence_lengths is None and (separate or padded):
+        sequence_lengths = _lengths(position_ids)
+    if padded:
+        hidden = _decode_padded(self.get_decoder(), input_ids, sequence_lengths)
+    else:
+        options = {"sequence_lengths": sequence_lengths} if separate else {}
+        with attention.no_mask() if separate else contextlib.nullcontext():
+            hidden = _decode(self.get_decoder(), input_ids, position_ids, **options)
     head = self.get_output_embeddings()
     return tail(hidden.index_select(0, response_rows), head.weight, getattr(head, "bias", None))
 
 
-def _decode(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state[0]
+def _lengths(position_ids: Tensor) -> list[int]:
+    """Lengths of the packed sequences, read back from the device."""
+    starts = (position_ids[0] == 0).nonzero()[:, 0].cpu()
+    return torch.diff(starts, append=torch.tensor([position_ids.shape[1]])).tolist()
 
 
-def _decode_padded(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """The same (T, D) rows by way of a padded (R, longest) batch; reads the lengths back to the host."""
-    lengths = torch.diff((position_ids[0] == 0).nonzero()[:, 0].cpu(), append=torch.tensor([position_ids.shape[1]]))
-    rows = nn.utils.rnn.pad_sequence(input_ids[0].split(lengths.tolist()), batch_first=True)
-    mask = (torch.arange(rows.shape[1]) < lengths[:, None]).to(rows.device)
+def _decode(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor, **options) -> Tensor:
+    out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+    return out.last_hidden_state[0]
+
+
+def _decode_padded(decoder: nn.Module, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The same (T, D) rows by way of a padded (R, longest) batch."""
+    rows = nn.utils.rnn.pad_sequence(input_ids[0].split(list(lengths)), batch_first=True)
+    mask = (torch.arange(rows.shape[1]) < torch.tensor(lengths)[:, None]).to(rows.device)
     hidden = decoder(input_ids=rows, attention_mask=mask.long(), use_cache=False).last_hidden_state
     return hidden[mask]
 
@@ -201,13 +230,16 @@ def check_model(model: nn.Module) -> None:
     """
     base = base_model(model)
     weight = output_head(model).weight
-    if weight.is_meta:  # a distributed engine fills it in later
+    if weight.is_meta or getattr(base, "packing_is_checked", False):  # meta: a distributed engine fills it in later
         return
     exact = weight.dtype in (torch.float32, torch.float64)
     training = base.training
     base.eval()
     try:
         leak, gap = _packing_errors(base, weight)
+        if base.config._attn_implementation == attention.NAME and not leak <= (1e-4 if exact else 2e-2):
+            base.set_attn_implementation("sdpa")  # its layers do not pass the lengths on
+            leak, gap = _packing_errors(base, weight)
         if not leak <= (1e-4 if exact else 2e-2):
             base.pads_sequences = True
             logger.warning("%s lets packed sequences see each other: they are padded instead", type(base).__name__)
@@ -219,6 +251,7 @@ def check_model(model: nn.Module) -> None:
             f"{type(base).__name__} computes other logits than its decoder and output head give "
             f"(relative difference {gap:.1e}): it cannot be trained by prefkern yet"
         )
+    base.packing_is_checked = True
 
 
 def _packing_errors(base: nn.Module, weight: Tensor) -> tuple[float, float]:

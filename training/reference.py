@@ -73,6 +73,7 @@ def reference_logps(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
                 response_rows=batch["response_rows"],
+                sequence_lengths=batch["sequence_lengths"],
                 tail=tail,
             )
     finally:

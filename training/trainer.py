@@ -13,7 +13,7 @@ from prefkern.preference import PreferenceOutput, linear_preference_loss
 from prefkern.training.collator import PackedCollator
 from prefkern.training.config import HeadConfig, ReferenceMode
 from prefkern.training.metrics import MetricWindow
-from prefkern.training.model import pack_forward
+from prefkern.training.model import check_model, pack_forward
 from prefkern.training.reference import frozen_copy, head_arguments, reference_logps, resolve_reference
 
 
@@ -35,6 +35,7 @@ class PreferenceTrainer(Trainer):
         others: as in transformers.Trainer.
     Raises:
         ConfigError: the reference does not fit the loss.
+        ModelError: the model cannot be trained packed, see `check_model`.
     """
 
     def __init__(
@@ -54,7 +55,10 @@ class PreferenceTrainer(Trainer):
         args.remove_unused_columns = False
         args._n_gpu = min(args.n_gpu, 1)  # a packed batch is one sequence: DataParallel could not split it
         collator = data_collator or PackedCollator(loss.arity, getattr(loss, "accumulate", "segment"))
-        super().__init__(pack_forward(model), args, data_collator=collator, **others)
+        pack_forward(model)
+        if not (args.fsdp or args.deepspeed):
+            check_model(model)
+        super().__init__(model, args, data_collator=collator, **others)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch: do not divide again
         self.loss_is_scaled_for_ga = True
         self._train_window, self._eval_window = MetricWindow(), MetricWindow()
@@ -66,6 +70,7 @@ class PreferenceTrainer(Trainer):
                 frozen = frozen_copy(model)
             else:
                 frozen = pack_forward(reference_model).requires_grad_(False).eval()
+                check_model(frozen)
                 self._reference_head = head_arguments(reference_model, head)
             if frozen is not None:
                 self._reference_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
@@ -100,6 +105,7 @@ class PreferenceTrainer(Trainer):
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             response_rows=inputs["response_rows"],
+            sequence_lengths=inputs["sequence_lengths"],
             tail=tail,
         )
         layout = inputs["layout"]
