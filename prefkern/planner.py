@@ -188,10 +188,10 @@ def interpreting() -> bool:
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why Triton kernels cannot run on tensors of this device and dtype, in words; None where they can."""
-    if dtype == torch.float64:
-        return "the kernels compute in fp32 and take no float64 tensors"
     if not has_triton():
         return "the triton package is not installed (pip install triton; Linux only)"
+    if dtype == torch.float64:
+        return "the kernels compute in fp32 and take no float64 tensors"
     if device.type != "cuda" and not interpreting():
         return f"tensors are on {device.type}; Triton needs a GPU, or TRITON_INTERPRET=1 to run slowly on the CPU"
     return None
