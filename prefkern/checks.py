@@ -40,7 +40,9 @@ def layout_for(loss: Loss) -> Layout:
     return Layout.pairs(_CHOSEN, _REJECTED) if loss.arity == "pair" else Layout.sequences(_SINGLE)
 
 
-def _data(loss: Loss, layout: Layout, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+def _data(
+    loss: Loss, layout: Layout, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(seed)
     logps = -torch.rand(layout.num_tokens, dtype=dtype, generator=generator) * 3
     ref = -torch.rand(layout.num_tokens, dtype=dtype, generator=generator) * 3

@@ -43,7 +43,7 @@ class Adaptive:
 class Boundaries:
     """Given cut positions, one sequence a response; see `Layout.split_at`.
 
-    With `cuts=None` the loss takes the layout as it comes: the caller, or the trainer from a dataset column, has cut it.
+    With `cuts=None` the loss takes the layout as it comes: the caller has cut it, or the trainer by a dataset column.
     """
 
     cuts: tuple[tuple[int, ...], ...] | None = None
@@ -57,7 +57,9 @@ class Boundaries:
         if self.cuts is not None:
             return layout.split_at(self.cuts, accumulate=accumulate)
         if not layout.is_cut:
-            raise ValueError("granularity=Boundaries() needs a layout that is cut already: call layout.split_at(boundaries)")
+            raise ValueError(
+                "granularity=Boundaries() needs a layout that is cut already: call layout.split_at(boundaries)"
+            )
         return layout
 
 

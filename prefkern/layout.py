@@ -65,7 +65,9 @@ class Layout:
         if any(k < 1 for k in self.group_sizes):
             raise ValueError(f"group_sizes must be at least 1: {min(self.group_sizes)}")
         if sum(self.group_sizes) != len(self.lengths):
-            raise ValueError(f"group_sizes add up to {sum(self.group_sizes)}, but there are {len(self.lengths)} lengths")
+            raise ValueError(
+                f"group_sizes add up to {sum(self.group_sizes)}, but there are {len(self.lengths)} lengths"
+            )
         if self.segment_lengths is not None:
             self._check_segments()
         if self.accumulate not in ("segment", "prefix"):
@@ -330,5 +332,7 @@ def _parts_b(length: int, m: int) -> tuple[int, ...]:
 def _pieces(length: int, cuts: tuple[int, ...], response: int) -> tuple[int, ...]:
     edges = (0, *cuts, length)
     if any(a > b for a, b in zip(edges, edges[1:])):
-        raise ValueError(f"boundaries of response {response}, {list(cuts)}, must not decrease and must lie in [0, {length}]")
+        raise ValueError(
+            f"boundaries of response {response}, {list(cuts)}, must not decrease and must lie in [0, {length}]"
+        )
     return tuple(b - a for a, b in zip(edges, edges[1:]))

@@ -35,6 +35,7 @@ def pack(hidden: Tensor, labels: Tensor, mask: Tensor | None = None, ignore_inde
     mask = labels != ignore_index if mask is None else mask.bool()
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2] or mask.shape != labels.shape:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)} must be (B, T, D), labels {tuple(labels.shape)} and mask {tuple(mask.shape)} (B, T)"
+            f"hidden {tuple(hidden.shape)} must be (B, T, D), labels {tuple(labels.shape)} and"
+            f" mask {tuple(mask.shape)} (B, T)"
         )
     return Packed(hidden[mask], labels[mask], tuple(mask.sum(1).tolist()))

@@ -33,45 +33,51 @@ class Row:
 
 
 NO_GRAD = Row(
-    "no_grad", "chunked", "no gradient is needed", "logits of a chunk of rows, reduced and overwritten by the next", 2, 0,
-    "workspace",
+    "no_grad", "chunked", "no gradient is needed",
+    "logits of a chunk of rows, reduced and overwritten by the next",
+    2, 0, "workspace",
 )  # fmt: skip
 FROZEN = Row(
     "frozen_head", "chunked", "only hidden needs a gradient",
-    "forward keeps u_n = weight[y_n] - p_n @ weight from the same chunk of logits; backward is dhidden_n = g_n u_n", 4, 0,
-    "N*D + workspace",
+    "forward keeps u_n = weight[y_n] - p_n @ weight from the same chunk of logits; backward is dhidden_n = g_n u_n",
+    4, 0, "N*D + workspace",
 )  # fmt: skip
 # The place of the 6NDV row, trained head with a loss local to a group that fits the workspace, is here: it needs g
 # while the chunk's logits are there, so it belongs to linear_preference_loss and not to token_logps.
 RECOMPUTE = Row(
     "recompute", "chunked", "the head (weight or bias) needs a gradient",
-    "backward walks the vocabulary in slices: logits again, gradient in place, one product each for dhidden and dweight", 2, 6,
-    "N*D in fp32 + V*D for dweight + workspace",
+    "backward walks the vocabulary in slices: logits again, gradient in place, a product each for dhidden and dweight",
+    2, 6, "N*D in fp32 + V*D for dweight + workspace",
 )  # fmt: skip
 CUT_NO_GRAD = Row(
-    "cut_no_grad", "cut", "impl='cut', no gradient is needed", "Triton matmul with an online log-sum-exp: no logits in memory",
+    "cut_no_grad", "cut", "impl='cut', no gradient is needed",
+    "Triton matmul with an online log-sum-exp: no logits in memory",
     2, 0, "a few floats a row",
 )  # fmt: skip
 CUT_FROZEN = Row(
     "cut_frozen_head", "cut", "impl='cut', only hidden needs a gradient",
-    "as above; backward recomputes tiles and stores only their gradient, a slice of the vocabulary at a time", 2, 4,
-    "N*D in fp32 + workspace",
+    "as above; backward recomputes tiles and stores only their gradient, a slice of the vocabulary at a time",
+    2, 4, "N*D in fp32 + workspace",
 )  # fmt: skip
 CUT_TRAINED = Row(
-    "cut_trained_head", "cut", "impl='cut', the head needs a gradient", "as above, with one more product for dweight", 2, 6,
-    "N*D in fp32 + V*D for dweight + workspace",
+    "cut_trained_head", "cut", "impl='cut', the head needs a gradient",
+    "as above, with one more product for dweight",
+    2, 6, "N*D in fp32 + V*D for dweight + workspace",
 )  # fmt: skip
 EAGER_NO_GRAD = Row(
-    "eager_no_grad", "eager", "impl='eager', no gradient is needed", "plain torch with all logits in memory: the definition",
+    "eager_no_grad", "eager", "impl='eager', no gradient is needed",
+    "plain torch with all logits in memory: the definition",
     2, 0, "several N*V",
 )  # fmt: skip
 EAGER_FROZEN = Row(
     "eager_frozen_head", "eager", "impl='eager', only hidden needs a gradient",
-    "the same under autograd; the one body with second derivatives", 2, 2, "several N*V",
+    "the same under autograd; the one body with second derivatives",
+    2, 2, "several N*V",
 )  # fmt: skip
 EAGER_TRAINED = Row(
-    "eager_trained_head", "eager", "impl='eager', the head needs a gradient", "the same under autograd", 2, 4,
-    "several N*V + V*D for dweight",
+    "eager_trained_head", "eager", "impl='eager', the head needs a gradient",
+    "the same under autograd",
+    2, 4, "several N*V + V*D for dweight",
 )  # fmt: skip
 
 # One line a body; columns: no gradient, frozen head, trained head.
@@ -141,11 +147,17 @@ def plan(
         raise ValueError(f"impl={impl!r} must be one of {', '.join(IMPLS)}")
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ValueError(f"workspace_bytes={workspace_bytes!r} must be at least 1")
-    needs = "the head needs a gradient" if grad_head else "only hidden needs a gradient" if grad_hidden else "no gradient"
+    needs = (
+        "the head needs a gradient" if grad_head else "only hidden needs a gradient" if grad_hidden else "no gradient"
+    )
     if impl == "cut":
         require_triton(device, dtype)
     row = BODIES["chunked" if impl == "auto" else impl][2 if grad_head else 1 if grad_hidden else 0]
-    how = "asked for" if impl != "auto" else "fewest FLOPs of the table; row work by " + ("Triton" if uses_triton(device, dtype) else "torch")
+    how = (
+        "asked for"
+        if impl != "auto"
+        else "fewest FLOPs of the table; row work by " + ("Triton" if uses_triton(device, dtype) else "torch")
+    )
     workspace = default_workspace(device) if workspace_bytes is None else workspace_bytes
     return Plan(row, shape, workspace, dtype.itemsize, f"{needs}; {row.body} body: {how}")
 
@@ -153,7 +165,7 @@ def plan(
 def explain(
     n: int, d: int, v: int, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", **options
 ) -> str:
-    """What would run for N rows, D hidden and V vocabulary entries, its FLOPs and memory, and why; options as in `plan`."""
+    """What would run for N rows, D hidden, V vocabulary entries, its FLOPs and memory, and why; options as `plan`'s."""
     options = {"grad_hidden": True, "grad_head": True, **options}
     p = plan((n, d, v), dtype, torch.device(device), **options)
     passes = f"{p.row.flops_forward}NDV forward + {p.row.flops_backward}NDV backward"

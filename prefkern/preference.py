@@ -15,9 +15,16 @@ from prefkern.layout import Layout, TailIndex
 from prefkern.losses.base import Loss
 from prefkern.planner import require_triton, uses_triton
 from prefkern.token_logps import (
-    LogitsCall, TokenLogpsOutput, check_logits, check_outputs, first_order_only, logits_gradient,
-    logits_rows, logits_token_logps, token_logps,
-)  # fmt: skip
+    LogitsCall,
+    TokenLogpsOutput,
+    check_logits,
+    check_outputs,
+    first_order_only,
+    logits_gradient,
+    logits_rows,
+    logits_token_logps,
+    token_logps,
+)
 
 
 class PreferenceOutput(NamedTuple):
@@ -97,7 +104,9 @@ def preference_loss(
         Each loss's docstring names its own.
     """
     _check_tail(logps, layout, loss, ref_logps, token_weights, mask)
-    batch = _prepare(layout, loss, logps.device, reference.accumulator(logps.dtype), ref_logps, token_weights, mask, logps)
+    batch = _prepare(
+        layout, loss, logps.device, reference.accumulator(logps.dtype), ref_logps, token_weights, mask, logps
+    )
     if _use_triton(impl, logps):
         summed, score_S = PreferenceTail.apply(logps, batch)
     else:
@@ -138,7 +147,9 @@ def linear_preference_loss(
         hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
         ignore_index=ignore_index, outputs=outputs, impl=impl, workspace_bytes=workspace_bytes,
     )  # fmt: skip
-    return _from_token_logps(out, labels, layout, loss, ref_logps, token_weights, normalizer, ignore_index, tail_impl(impl))
+    return _from_token_logps(
+        out, labels, layout, loss, ref_logps, token_weights, normalizer, ignore_index, tail_impl(impl)
+    )
 
 
 def logits_preference_loss(
@@ -178,7 +189,9 @@ def logits_preference_loss(
     head = Head(softcap, logit_scale, temperature, ignore_index)
     call = LogitsCall(head, want, logits_rows("triton", logits), keep_logits or logits.is_leaf)
     summed, score_S, *stats = FusedLogits.apply(logits, labels, batch, call)
-    out = TokenLogpsOutput(stats[0], entropy=stats[2], is_top1=stats[3], mean_logit=stats[4], lse=stats[1] if "lse" in want else None)
+    out = TokenLogpsOutput(
+        stats[0], entropy=stats[2], is_top1=stats[3], mean_logit=stats[4], lse=stats[1] if "lse" in want else None
+    )
     return _finish(summed, score_S, out.logps, batch, normalizer, _row_metrics(out, mask))
 
 
@@ -292,7 +305,9 @@ def _finish(summed, score_S, logps_N, batch: _Batch, normalizer, metrics) -> Pre
         d = reference.log_ratios(logps_N, batch.ref_logps_N, batch.weights_N)
         ratio_R = reference.span_sums(d, batch.index.response_offsets)
         ratio_R = ratio_R if batch.scale_R is None else ratio_R * batch.scale_R
-        counted = reference.log_ratios(logps_N, None, None if batch.weights_N is None else (batch.weights_N != 0).float())
+        counted = reference.log_ratios(
+            logps_N, None, None if batch.weights_N is None else (batch.weights_N != 0).float()
+        )
         own = batch.loss.metrics(ratio_R, reference.span_sums(counted, batch.index.response_offsets))
     return PreferenceOutput(summed / normalizer, {**own, **metrics}, logps_N, score_S)
 
@@ -301,7 +316,9 @@ def _row_metrics(out: TokenLogpsOutput, mask: Tensor) -> dict[str, Tensor]:
     names = {"entropy": out.entropy, "mean_token_accuracy": out.is_top1, "logits/mean": out.mean_logit, "lse": out.lse}
     with torch.no_grad():
         count = mask.sum().clamp(min=1)
-        return {name: value.detach().sum(dtype=torch.float32) / count for name, value in names.items() if value is not None}
+        return {
+            name: value.detach().sum(dtype=torch.float32) / count for name, value in names.items() if value is not None
+        }
 
 
 def _use_triton(impl: str, logps: Tensor) -> bool:
@@ -318,7 +335,9 @@ def _check_tail(rows_N: Tensor, layout: Layout, loss: Loss, ref_logps, token_wei
     if not loss.needs_reference and ref_logps is not None:
         raise ValueError(f"{loss.name} uses no reference, but ref_logps were given; leave them out")
     if loss.needs_reference and ref_logps is None:
-        raise ValueError(f"{loss.name} compares with a reference: pass ref_logps, (N,) from token_logps of the reference model")
+        raise ValueError(
+            f"{loss.name} compares with a reference: pass ref_logps, (N,) from token_logps of the reference model"
+        )
     for name, t in (("logps", rows_N), ("ref_logps", ref_logps), ("token_weights", token_weights), ("mask", mask)):
         if t is not None and t.shape != (layout.num_tokens,):
             raise ValueError(f"{name} has shape {tuple(t.shape)}, but the layout holds {layout.num_tokens} tokens")

@@ -44,7 +44,12 @@ def rows_from_logits(raw_NV: Tensor, labels_N: Tensor, head: Head, want: tuple[s
 
 
 def rows_from_hidden(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, head: Head, want: tuple[str, ...] = ()
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    head: Head,
+    want: tuple[str, ...] = (),
 ) -> RowStats:
     """Row statistics of hidden states under a language-model head; the logits are rounded to hidden's dtype."""
     return rows_from_logits(F.linear(hidden_ND, weight_VD, bias_V), labels_N, head, want)

@@ -52,7 +52,9 @@ def row_softmax_forward(
 
     stats = RowStats(fresh(True), fresh(True), fresh(want_entropy), fresh(want_top1, torch.bool), fresh(want_mean))
     for piece in _pieces(rows, vocab):
-        _forward_piece(logits_NV[piece], labels_N[piece], head, bias_V, gradient, [s if s is None else s[piece] for s in stats])
+        _forward_piece(
+            logits_NV[piece], labels_N[piece], head, bias_V, gradient, [s if s is None else s[piece] for s in stats]
+        )
     valid = labels_N != head.ignore_index
     for s in stats:
         if s is not None:
@@ -159,7 +161,7 @@ def _slope(z: Tensor, head: Head) -> Tensor | None:
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module with the row functions for logits of this device and dtype: Triton's where it serves, else this one."""
+    """The module with the row functions for logits of this device and dtype: Triton's if it serves, else this one."""
     if uses_triton(device, dtype):
         from prefkern.kernels import row_softmax
 

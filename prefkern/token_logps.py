@@ -190,7 +190,9 @@ class TokenLogps(torch.autograd.Function):
                 grads = (unit * grad_logps[:, None]).to(unit.dtype), None, None
             else:
                 grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
-                grads = _head_gradient(call, hidden, weight, bias, labels, lse, entropy, grad_logps, grad_entropy, needs)
+                grads = _head_gradient(
+                    call, hidden, weight, bias, labels, lse, entropy, grad_logps, grad_entropy, needs
+                )
         return *first_order_only(grads, (hidden, weight, bias)), None, None
 
 
@@ -226,11 +228,15 @@ class LogitsTokenLogps(torch.autograd.Function):
         if grad_logps is None and grad_entropy is None:
             return None, None, None
         grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
-        dlogits = logits_gradient(ctx.call, logits, labels, lse, grad_logps, entropy_N=entropy, grad_entropy_N=grad_entropy)
+        dlogits = logits_gradient(
+            ctx.call, logits, labels, lse, grad_logps, entropy_N=entropy, grad_entropy_N=grad_entropy
+        )
         return *first_order_only((dlogits,), (logits,)), None, None
 
 
-def logits_gradient(call: LogitsCall, logits: Tensor, labels: Tensor, lse: Tensor, grad_logps: Tensor, **options) -> Tensor:
+def logits_gradient(
+    call: LogitsCall, logits: Tensor, labels: Tensor, lse: Tensor, grad_logps: Tensor, **options
+) -> Tensor:
     """The row kernel's backward, over the logits themselves unless the call keeps them."""
     with torch.no_grad():
         raw = logits.detach()
@@ -254,7 +260,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 def first_order_only(grads: tuple, inputs: tuple) -> tuple:
-    """The gradients, tied to their inputs under create_graph so that a double backward raises instead of losing terms."""
+    """The gradients, under create_graph tied to their inputs: a double backward raises instead of losing terms."""
     if not torch.is_grad_enabled():
         return grads
     return tuple(None if g is None else _FirstOrderOnly.apply(g, *[t for t in inputs if t is not None]) for g in grads)
@@ -293,9 +299,13 @@ def check_outputs(outputs: Collection[str]) -> tuple[str, ...]:
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
     if hidden.ndim not in (2, 3) or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} must be (N, D) or (B, T, D) and weight {tuple(weight.shape)} (V, D)")
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must be (N, D) or (B, T, D) and weight {tuple(weight.shape)} (V, D)"
+        )
     if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of hidden less its last axis {tuple(hidden.shape)}")
+        raise ValueError(
+            f"labels {tuple(labels.shape)} must have the shape of hidden less its last axis {tuple(hidden.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} must be ({weight.shape[0]},)")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
@@ -323,7 +333,9 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if wrong.any():
-        raise ValueError(f"label {labels[wrong][0].item()} is outside the vocabulary of {vocab} and is not ignore_index={ignore_index}")
+        raise ValueError(
+            f"label {labels[wrong][0].item()} is outside the vocabulary of {vocab}, and not ignore_index={ignore_index}"
+        )
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from conftest import DEVICE
 
 import prefkern as pk
+from conftest import DEVICE
 
 
-@pytest.mark.parametrize("length, k, want", [(9, 2, (2, 2, 2, 2, 1)), (7, 2, (2, 2, 2, 1)), (9, 4, (4, 4, 1)), (7, 4, (4, 3))])
+@pytest.mark.parametrize(
+    "length, k, want", [(9, 2, (2, 2, 2, 2, 1)), (7, 2, (2, 2, 2, 1)), (9, 4, (4, 4, 1)), (7, 4, (4, 3))]
+)
 def test_static_windows_of_the_longest(length, k, want):
     layout = pk.Layout.pairs([length], [length]).static(k)
     assert layout.segment_lengths == (want, want)
@@ -62,7 +64,7 @@ def test_index_reads_the_layout(cut, sizes):
     layout = cut(pk.Layout.groups([7, 4, 9, 2, 0, 5], sizes))
     index = layout.index(DEVICE)
     segments = [tuple(s) for s in layout.segment_lengths or [(n,) for n in layout.lengths]]
-    want, row, response, group = {}, 0, 0, 0  # (group, member) -> rows
+    want, response, group = {}, 0, 0  # (group, member) -> rows
     starts = [sum(layout.lengths[:r]) for r in range(6)]
     for size in sizes:
         parts = len(segments[response])

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICE
 
 import prefkern as pk
+from conftest import DEVICE
 from prefkern import checks
 
 INSTANCES = [loss for name in pk.losses.names() for loss in checks.instances(name)]
@@ -73,7 +73,9 @@ def test_golden_kernel_fp32():
     for granularity, value in SEGMENTED:
         loss = pk.losses.AutoregressiveDPO(beta=0.1, granularity=granularity)
         ratios = torch.tensor(CHOSEN + REJECTED, device=DEVICE)
-        out = pk.preference_loss(ratios, pk.Layout.pairs([7], [4]), loss, ref_logps=torch.zeros_like(ratios), impl="triton")
+        out = pk.preference_loss(
+            ratios, pk.Layout.pairs([7], [4]), loss, ref_logps=torch.zeros_like(ratios), impl="triton"
+        )
         assert out.loss.item() == pytest.approx(value, rel=1e-6), granularity
 
 
@@ -128,10 +130,12 @@ def test_start_of_training():
 def test_segment_mean_divides_by_the_pairs_own_segments():
     layout = pk.Layout.pairs([6, 2], [5, 2])
     logps, ref = -torch.rand(15), -torch.rand(15)
-    one = lambda lo, hi, lay: pk.preference_loss(  # noqa: E731
-        logps[lo:hi], lay, pk.losses.AutoregressiveDPO(granularity=pk.Static(1)), ref_logps=ref[lo:hi]
-    ).loss
-    want = (one(0, 11, pk.Layout.pairs([6], [5])) / 6 + one(11, 15, pk.Layout.pairs([2], [2])) / 2) / 2
+
+    def alone(rows, lengths, segments):
+        loss = pk.losses.AutoregressiveDPO(granularity=pk.Static(1))
+        return pk.preference_loss(logps[rows], pk.Layout.groups(lengths, [2]), loss, ref_logps=ref[rows]).loss / segments
+
+    want = (alone(slice(0, 11), [6, 5], 6) + alone(slice(11, 15), [2, 2], 2)) / 2
     loss = pk.losses.AutoregressiveDPO(granularity=pk.Static(1), segment_reduction="mean")
     torch.testing.assert_close(pk.preference_loss(logps, layout, loss, ref_logps=ref).loss, want)
 
@@ -150,7 +154,8 @@ def test_metrics_of_a_pair():
     out = pk.preference_loss(logps, layout, pk.losses.DPO(beta=0.5), ref_logps=ref)
     got = {k: v.item() for k, v in out.metrics.items()}
     assert got == pytest.approx({
-        "rewards/chosen": 0.5 * (1 - 2) / 2, "rewards/rejected": 0.5 * (-1 + 3) / 2, "rewards/margins": 0.5 * (2 - 5) / 2,
+        "rewards/chosen": 0.5 * (1 - 2) / 2, "rewards/rejected": 0.5 * (-1 + 3) / 2,
+        "rewards/margins": 0.5 * (2 - 5) / 2,
         "rewards/accuracies": 0.5, "logps/chosen": (-3 - 4) / 2, "logps/rejected": (-3 - 11) / 2,
     })  # fmt: skip
 
@@ -186,7 +191,10 @@ def test_bad_options_are_named(make, words):
         (lambda x, lay: pk.preference_loss(x, lay, pk.losses.DPO(), ref_logps=x[1:]), "ref_logps has shape (7,)"),
         (lambda x, lay: pk.preference_loss(x, lay, pk.losses.NLL()), "use Layout.sequences"),
         (lambda x, lay: pk.preference_loss(x, lay.static(1), pk.losses.SimPO()), "pass the uncut layout"),
-        (lambda x, lay: pk.preference_loss(x, lay.static(1), pk.losses.AutoregressiveDPO(), ref_logps=x), "cut already"),
+        (
+            lambda x, lay: pk.preference_loss(x, lay.static(1), pk.losses.AutoregressiveDPO(), ref_logps=x),
+            "cut already",
+        ),
         (lambda x, lay: pk.preference_loss(x, lay, pk.losses.SimPO(), impl="fast"), "impl='fast'"),
     ],
 )

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import DEVICE
-from numerics import assert_as_good_as_torch
 
 import prefkern as pk
+from conftest import DEVICE
+from numerics import assert_as_good_as_torch
 
 LOSSES = {
     "dpo": pk.losses.DPO(label_smoothing=0.1),
@@ -68,7 +68,9 @@ def test_bodies_from_logits(loss, impl):
 def agree(got, same, truth):
     """Loss, gradients, log-probs, scores and metrics of two bodies, each (output, gradients)."""
     eps = 1e-5
-    for a, b, c in zip((got[0].loss, got[0].logps, got[0].scores), *((x.loss, x.logps, x.scores) for x in (same[0], truth[0]))):
+    for a, b, c in zip(
+        (got[0].loss, got[0].logps, got[0].scores), *((x.loss, x.logps, x.scores) for x in (same[0], truth[0]))
+    ):
         assert_as_good_as_torch(a, b, c, eps)
     for a, b, c in zip(got[1], same[1], truth[1]):
         assert_as_good_as_torch(a, b, c, eps)
@@ -81,7 +83,11 @@ def agree(got, same, truth):
 def test_hidden_and_logits_agree_on_dpo_and_one_segment_to_the_last_bit():
     """One segment and DPO run the same arithmetic on each body."""
     one = pk.losses.AutoregressiveDPO(granularity=pk.Adaptive(1))
-    for run in (lambda x: from_hidden(x, "chunked"), lambda x: from_hidden(x, "cut"), lambda x: from_logits(x, "triton")[:2]):
+    for run in (
+        lambda x: from_hidden(x, "chunked"),
+        lambda x: from_hidden(x, "cut"),
+        lambda x: from_logits(x, "triton")[:2],
+    ):
         (a, da), (b, db) = run(pk.losses.DPO()), run(one)
         assert torch.equal(a.loss, b.loss) and all(torch.equal(x, y) for x, y in zip(da, db))
 
@@ -138,7 +144,9 @@ def test_all_labels_ignored(impl):
     for loss in LOSSES.values():
         layout, hidden, weight, labels, ref = data(loss)
         hidden.requires_grad_()
-        out = pk.linear_preference_loss(hidden, weight, torch.full_like(labels, -100), layout, loss, ref_logps=ref, impl=impl)
+        out = pk.linear_preference_loss(
+            hidden, weight, torch.full_like(labels, -100), layout, loss, ref_logps=ref, impl=impl
+        )
         out.loss.backward()
         assert out.loss.item() == 0 and (hidden.grad == 0).all()
         assert all(m.isfinite() for m in out.metrics.values())
@@ -150,7 +158,9 @@ def test_a_pair_without_tokens_costs_nothing(impl):
     for granularity in (None, pk.Static(2)):
         loss = pk.losses.AutoregressiveDPO(granularity=granularity)
         ref = torch.zeros_like(logps)
-        with_empty = pk.preference_loss(logps, pk.Layout.pairs([3, 0], [4, 0]), loss, ref_logps=ref, normalizer=1, impl=impl)
+        with_empty = pk.preference_loss(
+            logps, pk.Layout.pairs([3, 0], [4, 0]), loss, ref_logps=ref, normalizer=1, impl=impl
+        )
         without = pk.preference_loss(logps, pk.Layout.pairs([3], [4]), loss, ref_logps=ref, normalizer=1, impl=impl)
         assert torch.equal(with_empty.loss, without.loss)
 
@@ -160,7 +170,9 @@ def test_normalizer_scales_loss_and_gradient():
     hidden.requires_grad_()
     results = []
     for normalizer in (None, 12, torch.tensor(12.0, device=DEVICE)):
-        out = pk.linear_preference_loss(hidden, weight, labels, layout, pk.losses.DPO(), ref_logps=ref, normalizer=normalizer)
+        out = pk.linear_preference_loss(
+            hidden, weight, labels, layout, pk.losses.DPO(), ref_logps=ref, normalizer=normalizer
+        )
         results.append((out.loss.detach(), torch.autograd.grad(out.loss, hidden)[0]))
     for value, grad in results[1:]:
         torch.testing.assert_close(value * 4, results[0][0])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import DEVICE
-from numerics import assert_as_good_as_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefkern as pk
+from conftest import DEVICE
+from numerics import assert_as_good_as_torch
 from prefkern import planner
 from prefkern.token_logps import OUTPUTS
 
@@ -74,7 +74,9 @@ def test_chunked_is_as_good_as_torch(impl, dtype, needs, options):
 @pytest.mark.parametrize("needs", ["h", "hwb"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["logps", "logps and entropy"])
 def test_cut_is_as_good_as_torch(needs, entropy):
-    compare(make(37, 48, 203), needs, "cut", torch.float32, entropy=entropy, workspace_bytes=40_000, **OPTIONS["everything"])
+    compare(
+        make(37, 48, 203), needs, "cut", torch.float32, entropy=entropy, workspace_bytes=40_000, **OPTIONS["everything"]
+    )
 
 
 @pytest.mark.parametrize("n, d, v", [(1, 16, 2), (255, 16, 507), (257, 128, 2), (3, 1, 1)])
@@ -218,7 +220,8 @@ def test_double_backward_raises(impl):
 def test_eager_has_second_derivatives():
     hidden, weight, labels, _ = make(3, 4, 5, torch.float64, bias=False, ignored=False)
     assert torch.autograd.gradgradcheck(
-        lambda h, w: pk.token_logps(h, w, labels, impl="eager").logps, (hidden.requires_grad_(), weight.requires_grad_())
+        lambda h, w: pk.token_logps(h, w, labels, impl="eager").logps,
+        (hidden.requires_grad_(), weight.requires_grad_()),
     )
 
 

@@ -43,11 +43,11 @@ class AutoregressiveDPO(DPO):
         super().__post_init__()
         if not isinstance(self.granularity, Static | Adaptive | Boundaries | None):
             raise ValueError(
-                f"{self.name}: granularity={self.granularity!r} must be Static(k), Adaptive(m), Boundaries(cuts) or None"
+                f"{self.name}: granularity={self.granularity!r} must be Static(k), Adaptive(m), Boundaries() or None"
             )
 
     def segmented(self, layout: Layout) -> Layout:
-        """The layout cut by `granularity`. A layout that is cut already is taken as it is when granularity leaves it open."""
+        """The layout cut by `granularity`; one that is cut already is taken as it is if granularity leaves it open."""
         if isinstance(self.granularity, Boundaries) or self.granularity is not None and not layout.is_cut:
             return self.granularity.cut(layout, self.accumulate)
         if layout.is_cut and self.granularity is not None:

@@ -39,7 +39,9 @@ class Range:
         return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
 
 
-def ranged(default: float, low: float, high: float, recommended: str, *, open_low: bool = False, open_high: bool = False) -> Any:
+def ranged(
+    default: float, low: float, high: float, recommended: str, *, open_low: bool = False, open_high: bool = False
+) -> Any:
     """A dataclass field whose value must lie in a range; the range and the recommendation go into the error."""
     return field(default=default, metadata={"range": Range(low, high, open_low, open_high, recommended)})
 
@@ -117,7 +119,9 @@ class Loss(ABC):
         wrong = next((k for k in layout.group_sizes if k != want), None)
         if wrong is not None:
             build = "Layout.pairs" if want == 2 else "Layout.sequences"
-            raise ValueError(f"{self.name} takes {want} response(s) a prompt, but the layout has one with {wrong}; use {build}")
+            raise ValueError(
+                f"{self.name} takes {want} response(s) a prompt, but the layout has one with {wrong}; use {build}"
+            )
 
     @abstractmethod
     def metrics(self, ratio_R: Tensor, logp_R: Tensor) -> dict[str, Tensor]:
@@ -153,7 +157,7 @@ def smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
 
 
 def register(name: str) -> Callable[[L], L]:
-    """Class decorator: the loss is found under this name by `get`, the trainer, the command line and the common checks."""
+    """Class decorator: under this name `get`, the trainer, the command line and the common checks find the loss."""
 
     def add(cls: L) -> L:
         if name in _REGISTRY:
@@ -195,7 +199,9 @@ def get(name: str, **fields: Any) -> Loss:
     cls, known = loss_class(name), options(name)
     for key in fields:
         if key not in known:
-            raise ValueError(f"{name} has no option {key!r}{_nearest(key, known)}; its options are {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"{name} has no option {key!r}{_nearest(key, known)}; its options are {', '.join(known) or 'none'}"
+            )
     return cls(**fields)
 
 
