@@ -242,7 +242,9 @@ def read_answer(solution: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def draw_examples(count: int, split: str, seed: int, pitfall_share: float, taken: set[str] | None = None) -> list[Example]:
+def draw_examples(
+    count: int, split: str, seed: int, pitfall_share: float, taken: set[str] | None = None
+) -> list[Example]:
     """Different problems with a right and a slipped solution each, families in turn.
 
     Args:

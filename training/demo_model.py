@@ -31,7 +31,7 @@ PAD = "<pad>"
 
 
 def make_tokenizer(rows: Path, vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on a file's prompts and completions, in which every digit is a token of its own (with its leading space).
+    """Byte-level BPE trained on the prompts and completions of a JSONL file; every digit is a token of its own.
 
     The arithmetic is done digit by digit; numbers as whole tokens would leave nothing to read an unseen number by.
     """
@@ -79,9 +79,13 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 @torch.no_grad()
 def greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int, batch: int = 96
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch: int = 120,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt, decoded in batches (padded on the left) with a key-value cache."""
+    """The greedy continuation of each prompt, decoded in batches (padded on the left) with a key-value cache."""
     texts: list[str] = []
     for first in tqdm(range(0, len(prompts), batch), desc="Greedy decoding", unit="batch", leave=False):
         inputs = tokenizer(
@@ -107,7 +111,8 @@ def pair_logps(
         pairs: JSON lines with prompt, chosen and rejected.
         batch: pairs packed together.
     """
-    rows = prepare_dataset(load_rows(str(pairs), "train"), tokenizer, DataConfig(train=str(pairs)))
+    name = f"{pairs.stem} pairs"
+    rows = prepare_dataset(load_rows(str(pairs), "train", key=name), tokenizer, DataConfig(train=str(pairs)), name=name)
     collate, options = PackedCollator("pair"), head_arguments(model, HeadConfig())
     pack_forward(model)
     sums: list[float] = []

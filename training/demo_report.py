@@ -131,11 +131,12 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> Path:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.75))
     families = dict.fromkeys(outcomes[0].families)
     _bars(left, outcomes, {m: (m, None) for m in MEASURES}, "All problems", values=True)
-    left.set_xticks(range(len(MEASURES)), ["exact answer\n(greedy decoding)", "right solution likelier\nthan slipped one"])
+    labels = ["exact answer\n(greedy decoding)", "preference accuracy\n(right over slipped)"]
+    left.set_xticks(range(len(MEASURES)), labels)
     _bars(right, outcomes, {f: ("exact", f) for f in families}, "Exact answers by kind of problem", values=False)
     right.set_xticks(range(len(families)), list(families))
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(outcomes), frameon=False)
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(outcomes), frameon=False)
     figure.suptitle(title, fontsize=13)
     figure.savefig(path, dpi=140)
     return path
