@@ -25,7 +25,7 @@ from . import links
 from .logits import transform_args
 from .row_softmax import empty_stats, row_softmax_forward_kernel
 from .tail import OPTIONAL_POINTERS, TAIL_POINTERS, chain_tail, fp32_vector, tail_args, tail_signature, tail_tile
-from .tuning import TYPE_NAMES, Arch, Specialization, arch_of, row_config
+from .tuning import TYPE_NAMES, Arch, Specialization, arch_of, on_its_device, row_config
 
 
 @triton.jit(
@@ -80,6 +80,7 @@ def fused_logits_forward_kernel(
             )  # fmt: skip
 
 
+@on_its_device
 def fused_logits_forward(
     logits_NV: Tensor,
     labels_N: Tensor,
@@ -161,29 +162,30 @@ def fused_logits_forward(
 
 
 def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
-    """What to compile ahead of time: pairs on a large vocabulary with no option, lists with every one."""
-    V = 128_256
-    config = row_config(V, dtype, arch)
+    """What to compile ahead of time: pairs with no option on a large and a small vocabulary, lists with every one."""
     x, f, i = f"*{TYPE_NAMES[dtype]}", "*fp32", "*i64"
     rows = {"logits_ptr": x, "bias_ptr": x, "labels_ptr": i, "lse_ptr": f, "entropy_ptr": f, "top1_ptr": "*i1"}
     rows |= {"mean_ptr": f, "stride_ln": "i32", "N": "i32", "V": "i32", "ignore_index": "i32"}
     rows |= {"in_scale": "fp32", "out_scale": "fp32"}
     rows |= {"chain_of_token_ptr": i, "chain_tokens_ptr": i, "arrived_ptr": "*i32"}
 
-    def one(name, link, prefix, max_group, mean_rows, absent):
+    def one(name, link, prefix, max_group, mean_rows, absent, V=128_256):
+        config = row_config(V, dtype, arch)
         tile, _ = tail_tile(max_group, mean_rows, 1, config.num_warps)
         types, nones = tail_signature([a for a in absent if a in TAIL_POINTERS])
         types |= {key: kind for key, kind in rows.items() if key not in absent}
         constexprs = nones | {key: None for key in absent} | tile
         constexprs |= {"stride_lv": 1, "HAS_SOFTCAP": "bias_ptr" in types, "LINK": link, "PREFIX": prefix}
         constexprs |= {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v}
+        divisible = ("stride_ln", "V") if V % 16 == 0 else ()
         return Specialization(
             f"fused_logits {name}", fused_logits_forward_kernel, types, constexprs,
-            num_warps=config.num_warps, num_stages=config.num_stages, divisible=("stride_ln", "V"),
+            num_warps=config.num_warps, num_stages=config.num_stages, divisible=divisible,
         )  # fmt: skip
 
     plain = [*OPTIONAL_POINTERS, "u_ptr", "bias_ptr", "entropy_ptr", "top1_ptr", "mean_ptr"]
     return [
         one("pairs plain", links.logistic, False, 2, 1000, plain),
+        one("pairs plain short", links.logistic, False, 2, 1000, plain, V=507),
         one("lists prefix full", links.squared, True, 64, 1000, []),
     ]

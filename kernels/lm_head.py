@@ -33,6 +33,7 @@ from .tuning import (
     arch_of,
     choose,
     head_config,
+    on_its_device,
     require_dot_dtype,
     vocab_splits,
 )
@@ -204,6 +205,7 @@ def lm_head_dlogits_kernel(
     tl.store(out_ptrs, dz0.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def lm_head_forward(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -258,6 +260,7 @@ def lm_head_forward(
     return stats
 
 
+@on_its_device
 def lm_head_backward(
     hidden_ND: Tensor,
     weight_VD: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 from prefkern.head import Head, RowStats
 
 from .logits import label_column, label_logp_grad, online_update, transform, transform_args, transform_grad
-from .tuning import TYPE_NAMES, Arch, RowConfig, Specialization, arch_of, choose, row_config
+from .tuning import TYPE_NAMES, Arch, RowConfig, Specialization, arch_of, choose, on_its_device, row_config
 
 
 @triton.jit
@@ -158,6 +158,7 @@ def empty_stats(N: int, device: torch.device, want_entropy: bool, want_top1: boo
     return RowStats(fresh(True), fresh(True), fresh(want_entropy), fresh(want_top1, torch.bool), fresh(want_mean))
 
 
+@on_its_device
 def row_softmax_forward(
     logits_NV: Tensor,
     labels_N: Tensor,
@@ -198,6 +199,7 @@ def row_softmax_forward(
     return stats
 
 
+@on_its_device
 def row_softmax_backward(
     logits_NV: Tensor,
     labels_N: Tensor,
@@ -257,8 +259,11 @@ def _configure(name: str, logits_NV: Tensor, launch) -> RowConfig:
 
 
 def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
-    """What to compile ahead of time: both kernels on a large vocabulary, with no option and with every one."""
-    V = 128_256
+    """What to compile ahead of time: both kernels on a large and a small vocabulary, bare and with every option."""
+    return [*_specializations(128_256, "", arch, dtype), *_specializations(507, " short", arch, dtype)]
+
+
+def _specializations(V: int, suffix: str, arch: Arch, dtype: torch.dtype) -> list[Specialization]:
     config = row_config(V, dtype, arch)
     x, f = f"*{TYPE_NAMES[dtype]}", "*fp32"
     common = {"labels_ptr": "*i64", "lse_ptr": f, "stride_ln": "i32", "N": "i32", "V": "i32", "ignore_index": "i32"}
@@ -268,10 +273,11 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
     backward = {"bias_ptr": x, "entropy_ptr": f, "grad_entropy_ptr": f, "grad_scale_ptr": f}
 
     def both(name, kernel, required, optional, fixed):
-        launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, divisible=("stride_ln", "stride_on", "V"))
+        divisible = ("stride_ln", "stride_on", "V") if V % 16 == 0 else ()
+        launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, divisible=divisible)
         plain, full = {key: None for key in optional} | {"HAS_SOFTCAP": False}, {"HAS_SOFTCAP": True}
-        yield Specialization(f"{name} plain", kernel, required, fixed | plain, **launch)
-        yield Specialization(f"{name} full", kernel, required | optional, fixed | full, **launch)
+        yield Specialization(f"{name} plain{suffix}", kernel, required, fixed | plain, **launch)
+        yield Specialization(f"{name} full{suffix}", kernel, required | optional, fixed | full, **launch)
 
     return [
         *both("row_softmax_forward", row_softmax_forward_kernel, common | {"logp_ptr": f}, forward, fixed),

@@ -30,7 +30,7 @@ from torch import Tensor
 from prefkern.layout import TailIndex
 
 from . import links
-from .tuning import Arch, Specialization
+from .tuning import Arch, Specialization, on_its_device
 
 MAX_PARAMS = 4  # p0..p3 of a link
 MAX_WARPS = 16
@@ -256,6 +256,7 @@ def fp32_vector(x: Tensor | None, length: int) -> Tensor | None:
     return x.to(torch.float32).contiguous()
 
 
+@on_its_device
 def tail(
     logps_N: Tensor,
     index: TailIndex,

@@ -62,6 +62,17 @@ def _arch_of(device: torch.device) -> Arch:
     return Arch(name, properties.shared_memory_per_block_optin, properties.multi_processor_count)
 
 
+def on_its_device(launcher: Callable) -> Callable:
+    """Decorator: launch on the device of the first argument. Triton itself launches on whichever is current."""
+
+    @functools.wraps(launcher)
+    def launch(tensor: torch.Tensor, *args, **kwargs):
+        with torch.cuda.device_of(tensor):
+            return launcher(tensor, *args, **kwargs)
+
+    return launch
+
+
 def require_dot_dtype(dtype: torch.dtype) -> None:
     """Raise rather than let the interpreter multiply bf16 matrices: its tl.dot returns garbage on them."""
     if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
@@ -148,7 +159,7 @@ def choose(key: Iterable, config: Config, launch: Callable[[Config], Any]) -> Co
     """
     if os.environ.get("PREFKERN_AUTOTUNE") != "1" or triton.knobs.runtime.interpret:
         return config
-    key = tuple(key)
+    key = (*key, config)
     if key not in _best:
         _best[key] = min(neighbours(config), key=lambda c: _milliseconds(c, launch))
     return _best[key]

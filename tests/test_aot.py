@@ -57,6 +57,8 @@ def test_defaults(arch, dtype, compiled):
     names = [report["name"] for report in reports]
     for kernel in ("row_softmax_forward", "row_softmax_backward", "lm_head_forward", "lm_head_dlogits"):
         assert {f"{kernel} plain", f"{kernel} full"} <= set(names)
+    assert {"lm_head_combine", "fused_logits pairs plain", "fused_logits lists prefix full"} <= set(names)
+    assert ({"tail pairs", "tail lists prefix"} <= set(names)) == (dtype == "fp32")  # the tail knows no other
     assert {report["name"]: report["fault"] for report in reports if report["fault"]} == {}
     if dtype != "fp32":
         matmuls = [r for r in reports if r["name"].startswith(("lm_head_forward", "lm_head_dlogits"))]

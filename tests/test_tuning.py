@@ -1,10 +1,14 @@
 """Launch configurations: the search behind PREFKERN_AUTOTUNE=1, and the cut of the vocabulary."""
 
+import contextlib
+
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from prefkern.kernels import tuning
+pytest.importorskip("triton")
+import triton
+
+from prefkern.kernels import fused_logits, lm_head, row_softmax, tail, tuning
 from prefkern.kernels.tuning import ARCHS, HeadConfig, RowConfig, choose, head_config, row_config, vocab_splits
 
 
@@ -24,6 +28,32 @@ def test_the_search_takes_the_fastest_neighbour_once(monkeypatch):
     for _ in range(2):
         assert choose(("kernel", 1), config, print) == RowConfig(1, 4096, num_warps=16)
     assert len(timed) == len(tuning.neighbours(config))
+
+
+def test_the_search_starts_from_each_configuration_by_itself(monkeypatch):
+    """What suits a bare forward pass spills where the same shape wants more."""
+    monkeypatch.setattr(tuning, "_milliseconds", lambda config, launch: config.num_stages)
+    monkeypatch.setattr(tuning, "_best", {})
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setenv("PREFKERN_AUTOTUNE", "1")
+    wide, narrow = (head_config(torch.bfloat16, ARCHS["sm_90"], bare=bare) for bare in (True, False))
+    found = [choose(("lm_head_forward", 1), config, print) for config in (wide, narrow)]
+    assert [c.block_v for c in found] == [wide.block_v, narrow.block_v]
+
+
+def test_launchers_make_the_device_of_their_tensor_the_current_one(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext(entered.append(tensor)))
+    tensor = torch.zeros(1)
+    assert tuning.on_its_device(lambda x, *, n: (x, n, len(entered)))(tensor, n=2) == (tensor, 2, 1)
+    assert entered[0] is tensor
+    for launcher in (
+        row_softmax.row_softmax_forward, row_softmax.row_softmax_backward, lm_head.lm_head_forward,
+        lm_head.lm_head_backward, tail.tail, fused_logits.fused_logits_forward,
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError)):  # entered before it finds that there is nothing to launch
+            launcher(tensor)
+    assert len(entered) == 7
 
 
 @pytest.mark.parametrize("config", [RowConfig(64, 16, 1), HeadConfig(128, 256, 16, num_warps=16, num_stages=1)])
