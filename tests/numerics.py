@@ -1,9 +1,9 @@
 """Shared by the kernel tests: what is true (float64, plain torch), and how near to it a kernel has to be."""
 
 import torch
-from conftest import DEVICE
 from torch import Tensor
 
+from conftest import DEVICE
 from prefkern.head import Head, RowStats
 
 # The interpreter's tl.dot returns garbage on bf16 operands, so kernels are interpreted in these two only.

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
 from torch import Tensor
 
+from conftest import DEVICE
 from prefkern.layout import Layout
 
 

@@ -2,18 +2,19 @@
 
 import pytest
 import torch
+
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_good_as_torch, poison, row_stats
-from tail_oracle import eager_tail, kernel_operands, logistic, negative, random_operands, squared
-
 from prefkern.head import Head
 from prefkern.kernels import fused_logits, links, row_softmax, tail
 from prefkern.kernels.fused_logits import fused_logits_forward
 from prefkern.kernels.row_softmax import row_softmax_backward
 from prefkern.kernels.tuning import RowConfig
 from prefkern.layout import Layout
+from tail_oracle import eager_tail, kernel_operands, logistic, negative, random_operands, squared
 
 EPS = 1e-6  # relative, of fp32 results
+PLAIN = Head()
 LOGISTIC = links.logistic, (0.3, 0.1), logistic(0.3, 0.1)
 
 
@@ -28,7 +29,7 @@ def problem(layout: Layout, V: int, dtype=torch.float32, seed: int = 0):
     return logits, labels, -6 * torch.rand(N, generator=generator)
 
 
-def check(layout, logits, labels, link, head=Head(), bias=None, want=False, **operands):
+def check(layout, logits, labels, link, head=PLAIN, bias=None, want=False, **operands):
     """Forward and in-place backward of the kernels; plain torch on the same numbers, same dtype and float64."""
     link, params, loss = link
     upstream = torch.tensor(0.7)

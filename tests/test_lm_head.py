@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import DEVICE
-from numerics import DTYPES, assert_as_good_as_torch, poison, row_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from conftest import DEVICE
+from numerics import DTYPES, assert_as_good_as_torch, poison, row_stats
 
 pytest.importorskip("triton")
 from prefkern.head import Head

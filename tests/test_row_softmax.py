@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_good_as_torch, poison, row_stats
 

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from conftest import DEVICE
-from numerics import assert_as_good_as_torch, poison
-from tail_oracle import eager_tail, kernel_operands, listwise, logistic, negative, random_operands, rows, squared
 from torch import Tensor
 
+from conftest import DEVICE
+from numerics import assert_as_good_as_torch, poison
 from prefkern.kernels import links
 from prefkern.kernels.tail import tail
 from prefkern.layout import Layout
+from tail_oracle import eager_tail, kernel_operands, listwise, logistic, negative, random_operands, rows, squared
 
 EPS = 4e-7  # relative; three fp32 roundings
 
