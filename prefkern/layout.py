@@ -36,7 +36,7 @@ class TailIndex(NamedTuple):
     row_order_offsets: Tensor  # (S + 1,) rows of the i-th segment in row order
     response_segments: Tensor  # (R + 1,) segments, in row order, of response r
     parts_of_group_G: Tensor  # number of groups of the same prompt
-    max_group: int  # largest K
+    max_group: int  # largest K; 2 where there is no group, so that a pair loss finds its two columns
     prefix: bool
 
 
@@ -251,11 +251,15 @@ class Layout:
         if device.type == "cuda":
             packed = packed.pin_memory()
         views = packed.to(device, non_blocking=True).split([len(part) for part in parts])
-        return TailIndex(*views, max_group=max(self.group_sizes, default=1), prefix=self.accumulate == "prefix")
+        return TailIndex(*views, max_group=max(self.group_sizes, default=2), prefix=self.accumulate == "prefix")
 
     @cached_property
     def _host_index(self) -> list[Tensor]:
         """The tensors of TailIndex, in its order."""
+        with torch.device("cpu"):  # also where torch.set_default_device says otherwise
+            return self._build_host_index()
+
+    def _build_host_index(self) -> list[Tensor]:
         lengths = torch.tensor([n for segments in self._segments for n in segments], dtype=torch.int64)  # in row order
         sizes_P, parts_P = _tensor(self.group_sizes), _tensor(self.segments_per_prompt)
         parts_R = parts_P.repeat_interleave(sizes_P)

@@ -94,6 +94,13 @@ def test_index_is_built_once():
     assert layout.index(DEVICE) is layout.index(DEVICE)
 
 
+def test_index_is_built_on_the_host_whatever_the_default_device():
+    want = pk.Layout.pairs([3, 5], [4, 0]).static(2).index("cpu")
+    with torch.device("meta"):
+        got = pk.Layout.pairs([3, 5], [4, 0]).static(2).index("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(got[:-2], want[:-2]))
+
+
 def test_empty_batch():
     layout = pk.Layout.pairs([], [])
     assert (layout.num_tokens, layout.num_groups, layout.is_pairs) == (0, 0, True)
