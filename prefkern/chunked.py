@@ -20,7 +20,7 @@ from prefkern.products import add_product
 from prefkern.reference import accumulator
 
 # Labels of a slice are taken less its start; these two values can then not be mistaken for a label.
-_ELSEWHERE, _NEVER = -1, -2
+_ELSEWHERE, _IGNORED = -1, -2
 
 
 def forward(
@@ -49,8 +49,8 @@ def forward(
             parts.append(rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, **want))
         elif rows is torch_rows:  # leaves p - onehot; sign and scale are applied to the product, which is smaller
             parts.append(rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, gradient=True, **want))
-            scale = (labels != head.ignore_index) * (-head.logit_scale / head.temperature)
-            torch.mm(logits, weight_VD, out=unit_ND[chunk]).mul_(scale[:, None])
+            unit = torch.mm(logits, weight_VD, out=unit_ND[chunk]).mul_(-head.logit_scale / head.temperature)
+            unit.masked_fill_((labels == head.ignore_index)[:, None], 0.0)
         else:
             stats = rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, **want)
             one = torch.ones_like(stats.lse)
@@ -82,11 +82,8 @@ def backward(
     dhidden = hidden_ND.new_zeros(hidden_ND.shape, dtype=wide) if needs[0] else None
     dweight = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if needs[1] else None
     dbias = torch.empty_like(bias_V, memory_format=torch.contiguous_format) if needs[2] else None
-    valid = labels_N != head.ignore_index
-    head = replace(head, ignore_index=_NEVER)
-    lse_N = torch.where(valid, stats.lse, torch.inf)  # an ignored row's lse is not its own: with infinity, p is 0
-    grad_logps_N = torch.where(valid, grad_logps_N, 0.0)
-    grad_entropy_N = None if grad_entropy_N is None else torch.where(valid, grad_entropy_N, 0.0)
+    ignored = labels_N == head.ignore_index
+    head = replace(head, ignore_index=_IGNORED)
     step = plan.vocab_per_slice
     scratch = hidden_ND.new_empty(n * min(step, vocab))
     for i in range(0, vocab, step):
@@ -95,8 +92,9 @@ def backward(
         weight, bias = weight_VD[part], None if bias_V is None else bias_V[part]
         dlogits = torch.mm(hidden_ND, weight.t(), out=scratch[: n * width].view(n, width))
         labels = torch.where((labels_N >= i) & (labels_N < part.stop), labels_N - i, _ELSEWHERE)
+        labels.masked_fill_(ignored, _IGNORED)
         rows.row_softmax_backward(
-            dlogits, labels, lse_N, grad_logps_N, head, bias_V=bias, entropy_N=stats.entropy,
+            dlogits, labels, stats.lse, grad_logps_N, head, bias_V=bias, entropy_N=stats.entropy,
             grad_entropy_N=grad_entropy_N, out=dlogits,
         )  # fmt: skip
         if needs[0]:

@@ -23,6 +23,7 @@ from prefkern.token_logps import (
     logits_gradient,
     logits_rows,
     logits_token_logps,
+    must_keep,
     token_logps,
 )
 
@@ -87,8 +88,9 @@ def preference_loss(
         loss: from `prefkern.losses`.
         ref_logps: (N,) reference log-probabilities in nats; required by losses that need a reference, refused by
             those that use none.
-        token_weights: (N,), multiplies each log-ratio; a weight of 0 removes the token, even an infinite one.
-        mask: (N,) bool; False removes a token from sums, lengths and metrics.
+        token_weights: (N,), multiplies each log-ratio; a weight of 0 removes the token from the sums, even an infinite
+            one, but not from a length.
+        mask: (N,) bool, or 0 and 1; False removes a token from sums, lengths and metrics.
         normalizer: what the sum over groups is divided by; None: number of prompts (`nll`: of counted tokens). With
             gradient accumulation or several ranks, pass the count of the whole batch.
         impl: "auto" (Triton on a GPU, torch elsewhere), "triton" or "eager".
@@ -98,7 +100,8 @@ def preference_loss(
     Gradient:
         With respect to logps alone; ref_logps and token_weights are data.
     Raises:
-        ValueError: shapes disagree with the layout, the layout with the loss, or a reference is missing or too many.
+        ValueError: shapes disagree with the layout, the layout with the loss, devices with each other, or a reference
+            is missing or too many.
         RuntimeError: impl="triton" where Triton cannot run.
     Source:
         Each loss's docstring names its own.
@@ -171,23 +174,32 @@ def logits_preference_loss(
     """`preference_loss` from logits: on a GPU one launch forward, one backward over the logits themselves.
 
     Args:
-        logits: (N, V); the others as in `logits_token_logps` and `preference_loss`.
-        impl: "auto" (one fused Triton launch on a GPU, torch elsewhere), "triton" or "eager".
+        logits: (N, V) or (B, T, V) raw logits that predict the packed response tokens, any floating dtype and strides;
+            labels, softcap, logit_scale, temperature, ignore_index, outputs, keep_logits: as in `logits_token_logps`.
+        layout, loss, ref_logps, token_weights, normalizer: as in `preference_loss`. Rows with ignore_index count
+            nowhere.
+        impl: "auto" (one fused Triton launch on a GPU, torch elsewhere), "triton" or "eager". A loss that needs all
+            scores before its link takes two launches.
+    Returns:
+        PreferenceOutput; metrics as in `linear_preference_loss`.
+    Gradient:
+        With respect to logits alone, in their dtype; written over them unless they are kept.
+    Raises:
+        As `logits_token_logps` and `preference_loss`.
     """
-    if impl == "eager" or impl == "auto" and not uses_triton(logits.device, logits.dtype):
+    if impl == "eager" or loss.needs_scores or impl == "auto" and not uses_triton(logits.device, logits.dtype):
         out = logits_token_logps(
             logits, labels, softcap, logit_scale, temperature, ignore_index, outputs, impl=impl, keep_logits=keep_logits
         )
-        return _from_token_logps(out, labels, layout, loss, ref_logps, token_weights, normalizer, ignore_index, "eager")
+        return _from_token_logps(out, labels, layout, loss, ref_logps, token_weights, normalizer, ignore_index, impl)
     want = check_outputs(outputs)
     check_logits(logits, labels, ignore_index)
+    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     mask = labels != ignore_index
     _check_tail(labels, layout, loss, ref_logps, token_weights, mask)
-    if loss.needs_scores:
-        raise ValueError(f"{loss.name} couples the batch: it needs all scores before its link; pass impl='eager'")
     batch = _prepare(layout, loss, logits.device, torch.float32, ref_logps, token_weights, mask)
     head = Head(softcap, logit_scale, temperature, ignore_index)
-    call = LogitsCall(head, want, logits_rows("triton", logits), keep_logits or logits.is_leaf)
+    call = LogitsCall(head, want, logits_rows(impl, logits), keep_logits or must_keep(logits))
     summed, score_S, *stats = FusedLogits.apply(logits, labels, batch, call)
     out = TokenLogpsOutput(
         stats[0], entropy=stats[2], is_top1=stats[3], mean_logit=stats[4], lse=stats[1] if "lse" in want else None
@@ -238,6 +250,8 @@ class FusedLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         logits, labels, lse, g_N = ctx.saved_tensors
+        if grad_loss is None:
+            return None, None, None, None
         dlogits = logits_gradient(ctx.call, logits, labels, lse, g_N, grad_scale=grad_loss)
         return *first_order_only((dlogits,), (logits,)), None, None, None
 
@@ -259,8 +273,9 @@ def _prepare(layout, loss, device, wide: torch.dtype, ref_logps, token_weights, 
     layout = loss.segmented(layout)
     index = layout.index(device)
     with torch.no_grad():
-        ref_logps, weights = (None if t is None else t.detach() for t in (ref_logps, token_weights))
+        ref_logps, weights = (None if t is None else t.detach().to(wide) for t in (ref_logps, token_weights))
         if mask is not None:
+            mask = mask.bool()
             weights = mask.to(wide) if weights is None else torch.where(mask, weights, 0.0)
         if mask is None:
             count_R = index.response_offsets.diff().to(wide)
@@ -274,6 +289,7 @@ def _prepare(layout, loss, device, wide: torch.dtype, ref_logps, token_weights, 
             margin = loss.margin(None, layout)
         weight_G = _alive(layout, index, weights, wide)
         own_G = loss.group_weight(index)
+        own_G = None if own_G is None else own_G.to(wide)
         weight_G = own_G if weight_G is None else weight_G if own_G is None else weight_G * own_G
         return _Batch(loss, layout, index, ref_logps, weights, scale_R, margin, weight_G, count_R)
 
@@ -341,3 +357,5 @@ def _check_tail(rows_N: Tensor, layout: Layout, loss: Loss, ref_logps, token_wei
     for name, t in (("logps", rows_N), ("ref_logps", ref_logps), ("token_weights", token_weights), ("mask", mask)):
         if t is not None and t.shape != (layout.num_tokens,):
             raise ValueError(f"{name} has shape {tuple(t.shape)}, but the layout holds {layout.num_tokens} tokens")
+        if t is not None and t.device != rows_N.device:
+            raise ValueError(f"{name} is on {t.device}, but the policy's log-probabilities are on {rows_N.device}")

@@ -67,9 +67,26 @@ def log_ratios(logps_N: Tensor, ref_logps_N: Tensor | None, token_weights_N: Ten
 
 
 def span_sums(values_N: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of each span [offsets[i], offsets[i + 1]), in float64 inside, the same bits on every call."""
-    sums = torch.segment_reduce(values_N.double(), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
-    return sums.to(accumulator(values_N.dtype))
+    """Sum of each span [offsets[i], offsets[i + 1]), in float64 inside, the same bits on every call.
+
+    The spans cover all of values_N, one after the other.
+    """
+    return _SpanSums.apply(values_N.double(), offsets).to(accumulator(values_N.dtype))
+
+
+class _SpanSums(torch.autograd.Function):
+    """torch.segment_reduce has no second derivative; its own backward, a gather, has one."""
+
+    @staticmethod
+    def forward(ctx, values_N, offsets):
+        ctx.save_for_backward(offsets)
+        ctx.num_values = values_N.shape[0]
+        return torch.segment_reduce(values_N, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (offsets,) = ctx.saved_tensors
+        return grad.repeat_interleave(offsets.diff(), output_size=ctx.num_values), None
 
 
 def segment_scores(d_N: Tensor, index: TailIndex, scale_R: Tensor | None, parts_R: tuple[int, ...]) -> Tensor:

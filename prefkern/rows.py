@@ -134,7 +134,9 @@ def row_softmax_backward(
             dz = dz.add_(g[piece]).mul_(p).neg_()
         dz.scatter_add_(1, label[piece], hit[piece])
         out[piece].copy_(dz if slope is None else dz.mul_(slope))
-    return out
+    if out.device.type == "cpu":
+        return out.index_fill_(0, (~valid).nonzero()[:, 0], 0.0)  # 0 times a logit that is not finite is NaN
+    return out.masked_fill_(~valid[:, None], 0.0)  # a pass over all, but without waiting for the device
 
 
 def _pieces(rows: int, vocab: int):

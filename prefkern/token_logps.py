@@ -141,11 +141,12 @@ def logits_token_logps(
         labels, softcap, logit_scale, temperature, ignore_index, outputs: as in `token_logps`.
         impl: "auto" (Triton on a GPU, torch elsewhere), "triton" or "eager".
         keep_logits: True: backward allocates the gradient. False: backward writes it over the logits, which must not
-            be used again; autograd raises if a later backward needs them. Logits that are a leaf are always kept.
+            be used again; autograd raises if a later backward needs them, and so it does for two calls on parts of one
+            tensor. Logits that are a leaf or a view of one, or whose rows share memory, are always kept.
     Returns:
         TokenLogpsOutput, fp32, in nats.
     Raises:
-        ValueError: shapes disagree; an unknown output or impl; on a CPU, a label outside [0, V).
+        ValueError: shapes or devices disagree; an unknown output or impl; on a CPU, a label outside [0, V).
         RuntimeError: impl="triton" where Triton cannot run.
     """
     head, want = Head(softcap, logit_scale, temperature, ignore_index), check_outputs(outputs)
@@ -154,7 +155,7 @@ def logits_token_logps(
     if impl == "eager":
         stats = reference.rows_from_logits(logits_NV, labels, head, want)
     else:
-        call = LogitsCall(head, want, logits_rows(impl, logits), keep_logits or logits.is_leaf)
+        call = LogitsCall(head, want, logits_rows(impl, logits), keep_logits or must_keep(logits_NV))
         stats = RowStats(*LogitsTokenLogps.apply(logits_NV, labels, call))
     return _output(stats, want, shape)
 
@@ -276,6 +277,13 @@ def _output(stats: RowStats, want: tuple[str, ...], shape: torch.Size) -> TokenL
     return TokenLogpsOutput(stats.logps.view(shape), **asked)
 
 
+def must_keep(logits_NV: Tensor) -> bool:
+    """Whether a gradient may not be written over these logits: the memory is a leaf's, or is that of several rows."""
+    (inner, count), (outer, lines) = sorted(zip(logits_NV.stride(), logits_NV.shape))
+    overlap = (count > 1 and inner == 0) or (lines > 1 and outer <= inner * (count - 1))
+    return overlap or logits_NV.is_leaf or (logits_NV._base is not None and logits_NV._base.is_leaf)
+
+
 def logits_rows(impl: str, logits: Tensor) -> ModuleType:
     """The row functions for logits that exist already."""
     if impl not in ("auto", "triton"):
@@ -316,12 +324,14 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) 
 
 
 def check_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """Raise ValueError where logits (..., V) and labels (...) do not fit, or a CPU label is out of range."""
+    """Raise ValueError where logits (..., V) and labels (...) do not go together, or a CPU label is out of range."""
     if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1] or not logits.is_floating_point():
         raise ValueError(
             f"logits {tuple(logits.shape)} {logits.dtype} must be floating (N, V) or (B, T, V), and labels"
             f" {tuple(labels.shape)} of its shape less the last axis"
         )
+    if logits.device != labels.device:
+        raise ValueError(f"logits are on {logits.device}, but labels on {labels.device}")
     check_labels(labels, logits.shape[-1], ignore_index)
 
 
@@ -339,9 +349,9 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inside torch.autocast the head runs in autocast's dtype, as F.linear would."""
+    """Inside torch.autocast the head runs in autocast's dtype, as F.linear would; float64 stays."""
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

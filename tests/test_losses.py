@@ -133,11 +133,24 @@ def test_segment_mean_divides_by_the_pairs_own_segments():
 
     def alone(rows, lengths, segments):
         loss = pk.losses.AutoregressiveDPO(granularity=pk.Static(1))
-        return pk.preference_loss(logps[rows], pk.Layout.groups(lengths, [2]), loss, ref_logps=ref[rows]).loss / segments
+        out = pk.preference_loss(logps[rows], pk.Layout.groups(lengths, [2]), loss, ref_logps=ref[rows])
+        return out.loss / segments
 
     want = (alone(slice(0, 11), [6, 5], 6) + alone(slice(11, 15), [2, 2], 2)) / 2
     loss = pk.losses.AutoregressiveDPO(granularity=pk.Static(1), segment_reduction="mean")
     torch.testing.assert_close(pk.preference_loss(logps, layout, loss, ref_logps=ref).loss, want)
+
+
+def test_segment_mean_is_exact_in_float64():
+    ratios = torch.tensor(CHOSEN[:3] + REJECTED[:3], dtype=torch.float64)
+    run = {
+        how: pk.preference_loss(
+            ratios, pk.Layout.pairs([3], [3]), pk.losses.AutoregressiveDPO(segment_reduction=how),
+            ref_logps=torch.zeros_like(ratios),
+        ).loss.item()
+        for how in ("sum", "mean")
+    }  # fmt: skip
+    assert run["mean"] == pytest.approx(run["sum"] / 3, rel=1e-14)
 
 
 def test_prefix_scores_are_running_sums():
@@ -194,6 +207,12 @@ def test_bad_options_are_named(make, words):
         (
             lambda x, lay: pk.preference_loss(x, lay.static(1), pk.losses.AutoregressiveDPO(), ref_logps=x),
             "cut already",
+        ),
+        (
+            lambda x, lay: pk.preference_loss(
+                x, lay.static(1), pk.losses.AutoregressiveDPO(granularity=None, accumulate="prefix"), ref_logps=x
+            ),
+            "accumulate='prefix', but the layout was cut with accumulate='segment'",
         ),
         (lambda x, lay: pk.preference_loss(x, lay, pk.losses.SimPO(), impl="fast"), "impl='fast'"),
     ],

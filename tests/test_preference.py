@@ -67,7 +67,7 @@ def test_bodies_from_logits(loss, impl):
 
 def agree(got, same, truth):
     """Loss, gradients, log-probs, scores and metrics of two bodies, each (output, gradients)."""
-    eps = 1e-5
+    eps = 1e-6
     for a, b, c in zip(
         (got[0].loss, got[0].logps, got[0].scores), *((x.loss, x.logps, x.scores) for x in (same[0], truth[0]))
     ):
@@ -107,6 +107,66 @@ def test_a_leaf_is_never_overwritten(impl):
     before = leaf.detach().clone()
     pk.logits_preference_loss(leaf, labels, layout, pk.losses.DPO(), ref_logps=ref, impl=impl).loss.backward()
     assert torch.equal(leaf.detach(), before) and leaf.grad is not None
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_a_view_of_a_leaf_is_never_overwritten(impl):
+    """Nor does the leaf's gradient share memory with it: an optimizer would step along its own result."""
+    layout, hidden, weight, labels, ref = data(pk.losses.DPO())
+    leaf = (hidden @ weight.t()).requires_grad_()
+    before = leaf.detach().clone()
+    for logits in (leaf[None], leaf.view(leaf.shape)):
+        leaf.grad = None
+        out = pk.logits_preference_loss(
+            logits, labels.view(logits.shape[:-1]), layout, pk.losses.DPO(), ref_logps=ref, impl=impl
+        )
+        out.loss.backward()
+        assert torch.equal(leaf.detach(), before) and leaf.grad.data_ptr() != leaf.data_ptr()
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_rows_that_share_memory_are_never_overwritten(impl):
+    layout, _, weight, labels, ref = data(pk.losses.DPO())
+    row = weight[:, 0].clone().requires_grad_()
+
+    def gradient(impl):
+        logits = (row * 1.0).expand(layout.num_tokens, -1)
+        out = pk.logits_preference_loss(logits, labels, layout, pk.losses.DPO(), ref_logps=ref, impl=impl)
+        return torch.autograd.grad(out.loss, row)[0]
+
+    torch.testing.assert_close(gradient(impl), gradient("eager"))
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "eager"])
+def test_batches_of_logits(impl):
+    layout, hidden, weight, labels, ref = data(pk.losses.DPO())
+    logits, options = hidden @ weight.t(), {"ref_logps": ref, "impl": impl}
+    flat = pk.logits_preference_loss(logits, labels, layout, pk.losses.DPO(), **options)
+    batch = pk.logits_preference_loss(logits.view(2, 11, -1), labels.view(2, 11), layout, pk.losses.DPO(), **options)
+    assert torch.equal(flat.loss, batch.loss) and torch.equal(flat.logps, batch.logps)
+
+
+def test_a_loss_that_needs_all_scores_runs_on_every_body():
+    class Centred(pk.losses.DPO):
+        """Subtracts the batch's mean difference of scores."""
+
+        needs_scores = True
+
+        def margin(self, score_S, layout):
+            return self.beta * (score_S[::2] - score_S[1::2]).mean().expand(layout.num_groups)
+
+    truth, *others = (from_logits(Centred(), impl)[:2] for impl in ("eager", "auto", "triton"))
+    plain = from_logits(pk.losses.DPO(), "eager")[0]
+    assert truth[0].loss != plain.loss
+    for out, grads in others:
+        torch.testing.assert_close(out.loss, truth[0].loss)
+        torch.testing.assert_close(grads, truth[1])
+
+
+def test_unknown_body_of_the_logits_is_named():
+    layout, hidden, weight, labels, _ = data(pk.losses.SimPO())
+    with pytest.raises(ValueError, match="impl='fast'"):
+        pk.logits_preference_loss(hidden @ weight.t(), labels, layout, pk.losses.SimPO(), impl="fast")
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])
@@ -150,6 +210,18 @@ def test_all_labels_ignored(impl):
         out.loss.backward()
         assert out.loss.item() == 0 and (hidden.grad == 0).all()
         assert all(m.isfinite() for m in out.metrics.values())
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_a_batch_without_prompts(loss, impl):
+    layout = pk.Layout.pairs([], []) if loss.arity == "pair" else pk.Layout.sequences([])
+    logps = torch.zeros(0, device=DEVICE, requires_grad=True)
+    out = pk.preference_loss(
+        logps, layout, loss, ref_logps=torch.zeros(0, device=DEVICE) if loss.needs_reference else None, impl=impl
+    )
+    out.loss.backward()
+    assert out.loss == 0 and logps.grad.shape == (0,)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -207,14 +279,69 @@ def test_padded_batches_are_packed():
         pk.pack(hidden, labels[:, :3])
 
 
+def test_a_mask_may_be_of_integers():
+    layout, logps = pk.Layout.pairs([3], [5]), -torch.rand(8, device=DEVICE)
+    weights, mask = torch.rand(8, device=DEVICE), torch.arange(8, device=DEVICE) % 3 > 0
+    want, got = (
+        pk.preference_loss(logps, layout, pk.losses.SimPO(), mask=m, token_weights=weights) for m in (mask, mask.long())
+    )
+    assert torch.equal(want.loss, got.loss)
+
+
+def test_data_in_float64_leaves_the_loss_in_the_policys_precision():
+    layout, logps = pk.Layout.pairs([3], [5]), -torch.rand(8, device=DEVICE)
+    for impl in ("eager", "triton"):
+        ref = torch.zeros(8, device=DEVICE, dtype=torch.float64)
+        assert pk.preference_loss(logps, layout, pk.losses.DPO(), ref_logps=ref, impl=impl).loss.dtype == torch.float32
+
+
+def test_eager_tail_has_second_derivatives():
+    ref = -torch.rand(8, dtype=torch.float64)
+    logps = -torch.rand(8, dtype=torch.float64)
+    loss = pk.losses.AutoregressiveDPO(granularity=pk.Static(2), accumulate="prefix")
+    assert torch.autograd.gradgradcheck(
+        lambda x: pk.preference_loss(x, pk.Layout.pairs([3], [5]), loss, ref_logps=ref, impl="eager").loss,
+        logps.requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("name", ["ref_logps", "token_weights", "mask"])
+def test_data_on_another_device_is_named(name):
+    options = {"ref_logps": torch.zeros(8, device=DEVICE), name: torch.zeros(8, device="meta")}
+    with pytest.raises(ValueError, match=f"{name} is on meta"):
+        pk.preference_loss(torch.zeros(8, device=DEVICE), pk.Layout.pairs([3], [5]), pk.losses.DPO(), **options)
+    with pytest.raises(ValueError, match="but labels on meta"):
+        pk.logits_token_logps(torch.zeros(3, 4, device=DEVICE), torch.zeros(3, dtype=torch.int64, device="meta"))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: there is no stream to wait for on a CPU")
-def test_no_host_sync_in_a_step():
-    loss = pk.losses.AutoregressiveDPO(granularity=pk.Adaptive(3))
+@pytest.mark.parametrize("path", ["frozen head", "trained head", "cut", "logits"])
+def test_no_host_sync_in_a_step(path):
+    loss = pk.losses.AutoregressiveDPO(granularity=pk.Adaptive(3), segment_reduction="mean")
     layout, hidden, weight, labels, ref = data(loss)
     hidden.requires_grad_()
+    weight.requires_grad_(path in ("trained head", "cut"))
+
+    def step():
+        if path == "logits":
+            return pk.logits_preference_loss(hidden @ weight.t(), labels, layout, loss, ref_logps=ref)
+        impl = "cut" if path == "cut" else "auto"
+        return pk.linear_preference_loss(hidden, weight, labels, layout, loss, ref_logps=ref, impl=impl)
+
     for attempt in range(2):  # the first call compiles kernels and copies the layout
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")
         try:
-            pk.linear_preference_loss(hidden, weight, labels, layout, loss, ref_logps=ref).loss.backward()
+            step().loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are():
+    loss = pk.losses.DPO()
+    layout, *tensors = data(loss)
+    hidden, weight, labels, ref = (t.to("cuda:1") for t in tensors)
+    hidden.requires_grad_()
+    for impl in ("auto", "cut"):
+        pk.linear_preference_loss(hidden, weight, labels, layout, loss, ref_logps=ref, impl=impl).loss.backward()
+    pk.logits_preference_loss(hidden @ weight.t(), labels, layout, loss, ref_logps=ref).loss.backward()

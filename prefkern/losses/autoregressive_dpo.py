@@ -49,13 +49,18 @@ class AutoregressiveDPO(DPO):
     def segmented(self, layout: Layout) -> Layout:
         """The layout cut by `granularity`; one that is cut already is taken as it is if granularity leaves it open."""
         if isinstance(self.granularity, Boundaries) or self.granularity is not None and not layout.is_cut:
-            return self.granularity.cut(layout, self.accumulate)
-        if layout.is_cut and self.granularity is not None:
+            layout = self.granularity.cut(layout, self.accumulate)
+        elif layout.is_cut and self.granularity is not None:
             raise ValueError(
                 f"{self.name}: the layout is cut already and granularity={self.granularity}; pass the uncut layout, or"
                 " granularity=None to take its segments"
             )
+        if layout.is_cut and self.accumulate != layout.accumulate and self.accumulate != "segment":
+            raise ValueError(
+                f"{self.name}: accumulate={self.accumulate!r}, but the layout was cut with"
+                f" accumulate={layout.accumulate!r}; cut it as the loss says"
+            )
         return layout
 
     def group_weight(self, index: TailIndex) -> Tensor | None:
-        return None if self.segment_reduction == "sum" else 1 / index.parts_of_group_G
+        return None if self.segment_reduction == "sum" else 1 / index.parts_of_group_G.double()
