@@ -48,7 +48,8 @@ def logistic(score_K, valid_K, target_K, margin, p0, p1, p2, p3):
     difference, sign_K = pair_difference(score_K)
     x = p0 * difference - margin
     t = tl.exp(-tl.abs(x))
-    value = tl.maximum(-x, 0.0) + log1p_unit(t) + p1 * x
+    smoothing = tl.where(p1 == 0.0, 0.0, p1 * x)  # 0 times an infinite x is NaN
+    value = tl.maximum(-x, 0.0) + log1p_unit(t) + smoothing
     sigmoid_of_minus_x = tl.where(x > 0, t, 1.0) / (1.0 + t)
     return value, (p0 * (p1 - sigmoid_of_minus_x)) * sign_K
 

@@ -52,6 +52,7 @@ def rows_from_hidden(
     want: tuple[str, ...] = (),
 ) -> RowStats:
     """Row statistics of hidden states under a language-model head; the logits are rounded to hidden's dtype."""
+    bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
     return rows_from_logits(F.linear(hidden_ND, weight_VD, bias_V), labels_N, head, want)
 
 

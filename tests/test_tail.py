@@ -180,6 +180,16 @@ def test_rows_of_weight_zero_have_gradient_zero_even_where_their_group_is_not_fi
     assert score.tolist() == [float("-inf"), -1.0] and g.tolist() == [float("-inf"), 0.0, float("inf")]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
+def test_infinite_scores_have_the_limits_of_the_logistic_loss():
+    """A reference that forbids a token of the chosen response makes the pair certain, and not NaN."""
+    layout = Layout.pairs([1, 1], [1, 1])
+    ref = torch.tensor([float("-inf"), -1.0, -1.0, float("-inf")], device=DEVICE)
+    logps = torch.full((4,), -1.0, device=DEVICE)
+    value, _, g = tail(logps, layout.index(DEVICE), links.logistic, (0.5, 0.0), ref_logps_N=ref)
+    assert value.tolist() == [0.0, float("inf")] and g.tolist() == [0.0, 0.0, -0.5, 0.5]
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_finite_at_extreme_scores(sign, smoothing):

@@ -201,6 +201,15 @@ def test_ignored_rows_have_gradient_zero_even_where_they_are_not_finite(needs):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+def test_a_bias_may_be_wider_than_the_weight():
+    hidden, weight, labels, bias = make(9, 16, 40, torch.bfloat16)
+    want = run((hidden, weight, labels, bias), "hwb", "eager")
+    for impl in ("eager", "chunked"):
+        got = run((hidden, weight, labels, bias.float()), "hwb", impl)
+        assert got["db"].dtype == torch.float32
+        torch.testing.assert_close(got["logps"], want["logps"], rtol=2e-2, atol=2e-2)
+
+
 def test_ignored_logits_have_gradient_zero_even_where_they_are_not_finite():
     hidden, weight, labels, _ = make(9, 16, 40, bias=False)
     logits = hidden @ weight.t()
