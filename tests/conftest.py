@@ -1,7 +1,9 @@
 """Without a GPU every Triton kernel runs in the interpreter; with one, the same tests run the real kernels."""
 
+import importlib.util
 import os
 
+import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -10,3 +12,14 @@ if DEVICE == "cpu":
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # unset, its meaning differs between triton 3.9 and 3.10
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Where triton does not exist (macOS), a test that asks for a Triton body is skipped and not failed."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if importlib.util.find_spec("triton") is None and "the triton package is not installed" in str(error):
+            pytest.skip(str(error))
+        raise

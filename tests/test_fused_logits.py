@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_good_as_torch, poison, row_stats
 from prefkern.head import Head

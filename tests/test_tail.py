@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from conftest import DEVICE
 from numerics import assert_as_good_as_torch, poison

@@ -323,6 +323,7 @@ def test_wrong_arguments_are_named(change, words):
 
 
 def test_cut_takes_no_float64():
+    pytest.importorskip("triton")
     hidden, weight, labels, _ = make(3, 4, 5, torch.float64, bias=False)
     with pytest.raises(RuntimeError, match="no float64"):
         pk.token_logps(hidden, weight, labels, impl="cut")
