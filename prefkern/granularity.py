@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefkern.layout import Accumulate, Layout
+from prefkern.layout import Accumulate, Layout, check_count
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Static:
     k: int
 
     def __post_init__(self) -> None:
-        _at_least_one("Static", "k", self.k)
+        check_count("Static: k", self.k)
 
     def cut(self, layout: Layout, accumulate: Accumulate = "segment") -> Layout:
         """The layout in windows of k tokens."""
@@ -30,7 +30,7 @@ class Adaptive:
     rule: Literal["A", "B"] = "A"
 
     def __post_init__(self) -> None:
-        _at_least_one("Adaptive", "m", self.m)
+        check_count("Adaptive: m", self.m)
         if self.rule not in ("A", "B"):
             raise ValueError(f"Adaptive: rule={self.rule!r} must be 'A' or 'B'")
 
@@ -64,8 +64,3 @@ class Boundaries:
 
 
 Granularity = Static | Adaptive | Boundaries
-
-
-def _at_least_one(kind: str, name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{kind}: {name}={value!r} must be an integer of at least 1")

@@ -124,7 +124,7 @@ class Layout:
         Raises:
             ValueError: k < 1, or the layout is cut already.
         """
-        _positive("k", k)
+        check_count("k", k)
         return self._cut(lambda lengths: [_windows(n, k, max(lengths)) for n in lengths], accumulate)
 
     def adaptive(self, m: int, *, rule: Literal["A", "B"] = "A", accumulate: Accumulate = "segment") -> Layout:
@@ -138,7 +138,7 @@ class Layout:
         Raises:
             ValueError: m < 1, rule not "A" or "B", or the layout is cut already.
         """
-        _positive("m", m)
+        check_count("m", m)
         if rule not in ("A", "B"):
             raise ValueError(f"rule={rule!r} must be 'A' or 'B'")
         part = _parts_a if rule == "A" else _parts_b
@@ -312,9 +312,10 @@ def _offsets(sizes: Tensor) -> Tensor:
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}={value!r} must be at least 1")
+def check_count(name: str, value: int) -> None:
+    """Raise ValueError unless value is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 def _windows(length: int, k: int, longest: int) -> tuple[int, ...]:

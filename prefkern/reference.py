@@ -72,7 +72,9 @@ def span_sums(values_N: Tensor, offsets: Tensor) -> Tensor:
 
     The spans cover all of values_N, one after the other.
     """
-    return _SpanSums.apply(values_N.double(), offsets).to(accumulator(values_N.dtype))
+    wide = values_N.cpu() if values_N.device.type == "mps" else values_N  # Apple's GPU has no float64
+    sums = _SpanSums.apply(wide.double(), offsets.to(wide.device))
+    return sums.to(accumulator(values_N.dtype)).to(values_N.device)
 
 
 class _SpanSums(torch.autograd.Function):

@@ -115,6 +115,7 @@ def test_empty_batch():
         (lambda: pk.Layout.groups([1, 2, 3], [2]), "add up to 2"),
         (lambda: pk.Layout.groups([1], [0, 1]), "at least 1"),
         (lambda: pk.Layout.pairs([3], [3]).static(0), "k=0"),
+        (lambda: pk.Layout.pairs([3], [3]).static(1.5), "k=1.5 must be an integer"),
         (lambda: pk.Layout((3, 3), (2,), segment_lengths=((1, 2), (3, 1))), "do not add up"),
         (lambda: pk.Layout((3, 3), (2,), segment_lengths=((1, 2), (3,))), "the same number of segments"),
         (lambda: pk.Layout.pairs([3], [3]).static(1).static(1), "already"),
