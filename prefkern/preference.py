@@ -27,6 +27,9 @@ from prefkern.token_logps import (
     token_logps,
 )
 
+# Metrics that are means over counted tokens (the others are over prompts), and the token_logps output each is made of.
+TOKEN_METRICS = {"entropy": "entropy", "mean_token_accuracy": "is_top1", "logits/mean": "mean_logit", "lse": "lse"}
+
 
 class PreferenceOutput(NamedTuple):
     """A loss to call backward on, and what happened, all on the device; reading a metric is the caller's host sync."""
@@ -329,11 +332,11 @@ def _finish(summed, score_S, logps_N, batch: _Batch, normalizer, metrics) -> Pre
 
 
 def _row_metrics(out: TokenLogpsOutput, mask: Tensor) -> dict[str, Tensor]:
-    names = {"entropy": out.entropy, "mean_token_accuracy": out.is_top1, "logits/mean": out.mean_logit, "lse": out.lse}
+    values = {name: getattr(out, field) for name, field in TOKEN_METRICS.items()}
     with torch.no_grad():
         count = mask.sum().clamp(min=1)
         return {
-            name: value.detach().sum(dtype=torch.float32) / count for name, value in names.items() if value is not None
+            name: value.detach().sum(dtype=torch.float32) / count for name, value in values.items() if value is not None
         }
 
 

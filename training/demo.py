@@ -39,7 +39,7 @@ from prefkern.training.demo_data import (
     read_answer,
     write_jsonl,
 )
-from prefkern.training.demo_report import MEASURES, Outcome, draw, table, write_json
+from prefkern.training.demo_report import Outcome, draw, table, write_json
 from prefkern.training.errors import ConfigError
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -203,7 +203,7 @@ def _evaluate(name: str, folder: Path, test: Sequence[Example], pairs: Path) -> 
         name,
         [e.problem.family for e in test],
         [read_answer(text) == read_answer(e.chosen) for text, e in zip(texts, test)],
-        [w > l for w, l in zip(chosen, rejected)],
+        [w > x for w, x in zip(chosen, rejected)],
         texts,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-PER_TOKEN = frozenset({"entropy", "mean_token_accuracy", "logits/mean", "lse"})  # the others are means over responses
+from prefkern.preference import TOKEN_METRICS
 
 
 class MetricWindow:
@@ -24,7 +24,7 @@ class MetricWindow:
     def add(self, metrics: Mapping[str, Tensor], prompts: int, tokens: int) -> None:
         """Add one batch's means."""
         for name, value in metrics.items():
-            self.add_weighted(name, value, tokens if name in PER_TOKEN else prompts)
+            self.add_weighted(name, value, tokens if name in TOKEN_METRICS else prompts)
 
     def add_weighted(self, name: str, value: Tensor, weight: float) -> None:
         """Add one mean with a weight of its own."""
