@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from prefkern import losses
 from prefkern.training.cli import build_parser
 from prefkern.training.config import Config
 from prefkern.training.resolve import resolve_loss, resolve_trainer
@@ -112,3 +113,13 @@ def test_files_of_the_tree_exist(path: str):
 def test_links_to_files_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)", PROSE):
         assert target.startswith(("https://", "http://", "mailto:")) or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_table_of_losses_is_current(name: str):
+    """One row a loss, with the registry's formula and every option's default."""
+    row = next((line for line in README.splitlines() if line.startswith(f"| `{name}` |")), "")
+    loss = losses.get(name)
+    assert f"`{loss.formula}`" in row and loss.source in row
+    for option in losses.options(name):
+        assert f"{option}=" in row, option
