@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+_TILE = 64  # rows, or vocabulary entries, of a library product's tile
+
 IMPLS = ("auto", "chunked", "cut", "eager")
 
 
@@ -117,7 +119,9 @@ class Plan:
 
 
 def _fit(budget: int, unit: int, most: int) -> int:
-    return max(1, min(most, budget // max(1, unit)))
+    fits = max(1, min(most, budget // max(1, unit)))
+    # Library products like full tiles; where the whole fits, nothing is gained.
+    return fits if fits < _TILE or fits == most else fits // _TILE * _TILE
 
 
 def plan(
@@ -179,12 +183,12 @@ def explain(
 
 
 def default_workspace(device: torch.device) -> int:
-    """Bytes for one block of logits: 64 MiB on a CPU; on a GPU 1/256 of all its memory, at most 512 MiB.
+    """Bytes for one block of logits: 128 MiB on a CPU; on a GPU 1/256 of all its memory, at most 512 MiB.
 
     Of all and not of what is free: the size of a block may change rounding, and equal inputs shall give equal bits.
     """
     if device.type != "cuda":
-        return 64 << 20
+        return 128 << 20
     return min(512 << 20, torch.cuda.get_device_properties(device).total_memory // 256)
 
 
