@@ -94,6 +94,8 @@ def token_logps(
         For g = dL/dlogp, e = dL/dentropy and ignoring the transform,
         dz = g (onehot - p) - e p (log p + entropy), dhidden = dz @ weight, dweight = dz.T @ hidden, dbias = dz.sum(0);
         each in its parameter's dtype, accumulated in fp32. Entropy is differentiable, the other outputs are not.
+        Backward takes p from the fp32 log-sum-exp: half an ulp of it is the relative error of p, 1e-6 at logits of 20
+        and 5e-4 at logits of 1e4.
         Second derivatives raise RuntimeError except with impl="eager".
     Raises:
         ValueError: shapes, dtypes or devices disagree; an unknown output or impl; on a CPU, a label outside [0, V).

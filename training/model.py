@@ -151,10 +151,8 @@ def head_options(model: nn.Module) -> dict[str, float | None]:
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # so does Falcon-H1
-    return {
-        "softcap": softcap,
-        "logit_scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
-    }  # Granite divides
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    return {"softcap": softcap, "logit_scale": scale}
 
 
 def pack_forward(model: nn.Module) -> nn.Module:
