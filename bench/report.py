@@ -1,6 +1,6 @@
 """Results of pytest-benchmark as one table, and as JSON lines that can be compared between runs.
 
-    python -m bench.report results.json
+python -m bench.report results.json
 """
 
 from __future__ import annotations

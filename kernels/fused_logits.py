@@ -41,7 +41,7 @@ def fused_logits_forward_kernel(
     # as in chain_tail
     ref_logps_ptr, token_weight_ptr,
     segment_start_ptr, segment_end_ptr, group_offsets_ptr, chain_offsets_ptr,
-    scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3,
+    scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3, p4, p5,
     value_ptr, score_ptr, g_ptr, u_ptr,
     HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     LINK: tl.constexpr, PREFIX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -74,7 +74,7 @@ def fused_logits_forward_kernel(
                 chain,
                 logps_ptr, ref_logps_ptr, token_weight_ptr, labels_ptr, ignore_index,
                 segment_start_ptr, segment_end_ptr, group_offsets_ptr, chain_offsets_ptr,
-                scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3,
+                scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3, p4, p5,
                 value_ptr, score_ptr, g_ptr, u_ptr,
                 LINK, PREFIX, True, BLOCK_K, BLOCK_T,
             )  # fmt: skip

@@ -32,7 +32,7 @@ from prefkern.layout import TailIndex
 from . import links
 from .tuning import Arch, Specialization, on_its_device
 
-MAX_PARAMS = 4  # p0..p3 of a link
+MAX_PARAMS = 6  # p0..p5 of a link
 MAX_WARPS = 16
 ELEMENTS_PER_WARP = 128
 SHORT_SEGMENT = 16  # rows, on average
@@ -113,7 +113,7 @@ def chain_tail(
     # layout, int64
     segment_start_ptr, segment_end_ptr, group_offsets_ptr, chain_offsets_ptr,
     # segments and groups
-    scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3,
+    scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3, p4, p5,
     # results
     value_ptr, score_ptr, g_ptr, u_ptr,
     LINK: tl.constexpr, PREFIX: tl.constexpr, VOLATILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -150,7 +150,7 @@ def chain_tail(
         margin = 0.0
         if margin_ptr is not None:
             margin = tl.load(margin_ptr + group)
-        value, dscore_K = LINK(score_K, valid_K, target_K, margin, p0, p1, p2, p3)
+        value, dscore_K = LINK(score_K, valid_K, target_K, margin, p0, p1, p2, p3, p4, p5)
         if group_weight_ptr is not None:
             group_weight = tl.load(group_weight_ptr + group)
             value = tl.where(group_weight == 0.0, 0.0, group_weight * value)
@@ -193,7 +193,7 @@ TAIL_POINTERS = [
 def tail_kernel(
     logps_ptr, ref_logps_ptr, token_weight_ptr,
     segment_start_ptr, segment_end_ptr, group_offsets_ptr, chain_offsets_ptr,
-    scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3,
+    scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3, p4, p5,
     value_ptr, score_ptr, g_ptr, u_ptr,
     LINK: tl.constexpr, PREFIX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +202,7 @@ def tail_kernel(
         tl.program_id(0),
         logps_ptr, ref_logps_ptr, token_weight_ptr, None, 0,
         segment_start_ptr, segment_end_ptr, group_offsets_ptr, chain_offsets_ptr,
-        scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3,
+        scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3, p4, p5,
         value_ptr, score_ptr, g_ptr, u_ptr,
         LINK, PREFIX, False, BLOCK_K, BLOCK_T,
     )  # fmt: skip
@@ -234,7 +234,7 @@ def tail_args(
     """Keyword arguments of a kernel that calls chain_tail: layout, per-segment and per-group operands, parameters."""
     num_segments, num_groups = index.segment_start_S.shape[0], index.prompt_of_group_G.shape[0]
     assert len(params) <= MAX_PARAMS, f"{len(params)} parameters, a link has {MAX_PARAMS}"
-    p0, p1, p2, p3 = (*map(float, params), *[0.0] * (MAX_PARAMS - len(params)))
+    p0, p1, p2, p3, p4, p5 = (*map(float, params), *[0.0] * (MAX_PARAMS - len(params)))
     return dict(
         segment_start_ptr=index.segment_start_S,
         segment_end_ptr=index.segment_end_S,
@@ -244,7 +244,7 @@ def tail_args(
         target_ptr=fp32_vector(target_S, num_segments),
         margin_ptr=fp32_vector(margin_G, num_groups),
         group_weight_ptr=fp32_vector(weight_G, num_groups),
-        p0=p0, p1=p1, p2=p2, p3=p3, PREFIX=index.prefix,
+        p0=p0, p1=p1, p2=p2, p3=p3, p4=p4, p5=p5, PREFIX=index.prefix,
     )  # fmt: skip
 
 
@@ -277,7 +277,7 @@ def tail(
         logps_N: (N,) fp32 log-probabilities of the packed response tokens.
         index: the layout of the same N rows, on the same device.
         link: a function of links.py.
-        params: its hyper-parameters, at most four numbers.
+        params: its hyper-parameters, at most six numbers.
         ref_logps_N: (N,) reference log-probabilities, subtracted; None for 0.
         token_weights_N: (N,) weights of the log-ratios; None for 1. Rows of weight 0 take no part at all.
         scale_S: (S,) multiplies the segment sums; None for 1. One value per response where sums are prefix sums.

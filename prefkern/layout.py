@@ -39,6 +39,19 @@ class TailIndex(NamedTuple):
     max_group: int  # largest K; 2 where there is no group, so that a pair loss finds its two columns
     prefix: bool
 
+    def reordered(self, order_S: Tensor) -> TailIndex:
+        """The index of the same groups with other members: place s holds what was segment order_S[s].
+
+        For `tail` and the eager functions; `chain_of_token_N` no longer fits, so `fused_logits` cannot take it.
+        """
+        place_S = torch.empty_like(order_S).index_copy(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        return self._replace(
+            segment_start_S=self.segment_start_S[order_S],
+            segment_end_S=self.segment_end_S[order_S],
+            response_of_segment_S=self.response_of_segment_S[order_S],
+            token_order_S=place_S[self.token_order_S],
+        )
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -76,7 +89,7 @@ class Layout:
     def _check_segments(self) -> None:
         if tuple(map(sum, self.segment_lengths)) != self.lengths:
             raise ValueError("segment_lengths do not add up to the responses' lengths")
-        for first, size in zip(self._prompt_starts, self.group_sizes):
+        for first, size in zip(self.prompt_starts, self.group_sizes):
             if len({len(segments) for segments in self.segment_lengths[first : first + size]}) > 1:
                 raise ValueError("the responses of a prompt must have the same number of segments")
 
@@ -172,7 +185,7 @@ class Layout:
         if self.is_cut:
             raise ValueError("this layout is cut into segments already; cut the uncut layout")
         segments: list[tuple[int, ...]] = []
-        for first, size in zip(self._prompt_starts, self.group_sizes):
+        for first, size in zip(self.prompt_starts, self.group_sizes):
             segments += cut_prompt(self.lengths[first : first + size])
         return replace(self, segment_lengths=tuple(segments), accumulate=accumulate, _device_index={})
 
@@ -206,7 +219,7 @@ class Layout:
     @property
     def segments_per_prompt(self) -> tuple[int, ...]:
         """(P,) segments that each response of the prompt is cut into."""
-        return tuple(len(self._segments[first]) for first in self._prompt_starts)
+        return tuple(len(self._segments[first]) for first in self.prompt_starts)
 
     @property
     def num_groups(self) -> int:
@@ -235,7 +248,8 @@ class Layout:
         return self.segment_lengths if self.is_cut else tuple((n,) for n in self.lengths)
 
     @cached_property
-    def _prompt_starts(self) -> tuple[int, ...]:
+    def prompt_starts(self) -> tuple[int, ...]:
+        """(P,) number of each prompt's first response."""
         return tuple(itertools.accumulate(self.group_sizes, initial=0))[:-1]
 
     def index(self, device: torch.device | str) -> TailIndex:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefkern import reference
 from prefkern.head import IGNORE_INDEX, Head
 from prefkern.layout import Layout, TailIndex
-from prefkern.losses.base import Loss
+from prefkern.losses.base import Batch, Loss
 from prefkern.planner import require_triton, uses_triton
 from prefkern.token_logps import (
     LogitsCall,
@@ -41,30 +41,46 @@ class PreferenceOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """One call's data for the tail, all of it constant under differentiation."""
+class Given:
+    """What a call brings beside log-probabilities and layout; constants under differentiation, except token_kl."""
+
+    ref_logps_N: Tensor | None = None
+    token_weights_N: Tensor | None = None
+    mask_N: Tensor | None = None
+    target_R: Tensor | None = None
+    mismatched_R: Tensor | None = None
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+    token_kl_N: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """One loss's constants, as the tail wants them."""
 
     loss: Loss
-    layout: Layout
+    batch: Batch
     index: TailIndex
     ref_logps_N: Tensor | None
-    weights_N: Tensor | None
     scale_R: Tensor | None
     margin: float | Tensor
+    target_R: Tensor | None
     weight_G: Tensor | None
-    count_R: Tensor
+
+    def of_segments(self, values_R: Tensor | None) -> Tensor | None:
+        """(S,) values of each segment's response."""
+        return None if values_R is None else values_R[self.index.response_of_segment_S]
 
     @property
     def kernel_arguments(self) -> dict[str, Tensor | None]:
         """Keyword arguments that tail and fused_logits share."""
-        scale_S = None if self.scale_R is None else self.scale_R[self.index.response_of_segment_S]
         margin_G = self.margin
         if not isinstance(margin_G, Tensor):
-            groups, device = self.layout.num_groups, self.count_R.device
+            groups, device = self.batch.layout.num_groups, self.batch.count_R.device
             margin_G = torch.full((groups,), margin_G, device=device) if margin_G != 0 else None
         return {
-            "ref_logps_N": self.ref_logps_N, "token_weights_N": self.weights_N, "scale_S": scale_S,
-            "margin_G": margin_G, "weight_G": self.weight_G,
+            "ref_logps_N": self.ref_logps_N, "token_weights_N": self.batch.weights_N,
+            "scale_S": self.of_segments(self.scale_R), "margin_G": margin_G,
+            "target_S": self.of_segments(self.target_R), "weight_G": self.weight_G,
         }  # fmt: skip
 
 
@@ -75,15 +91,22 @@ def preference_loss(
     ref_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
     mask: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
+    normalizer: float | Tensor | Sequence[float | Tensor] | None = None,
     impl: str = "auto",
+    *,
+    targets: Tensor | None = None,
+    mismatched: Tensor | None = None,
+    stats: Mapping[str, Tensor] | None = None,
+    token_kl: Tensor | None = None,
+    state: nn.Module | None = None,
 ) -> PreferenceOutput:
     """Any registered loss from per-token log-probabilities.
 
         score_s = scale * sum over segment s of token_weight_n * (logp_n - ref_logp_n)
-        loss    = sum_g weight_g * link(scores of group g, margin) / normalizer
+        loss    = sum_g weight_g * link(scores of group g, targets of group g, margin_g) / normalizer
 
-    A group in which no token counts has weight 0.
+    A group in which no token counts has weight 0. A loss of several parts (`nll_weight`, `combination`) is the sum of
+    theirs, each divided by its own normalizer.
 
     Args:
         logps: (N,) policy log-probabilities of the packed response tokens, in nats.
@@ -95,13 +118,21 @@ def preference_loss(
             one, but not from a length.
         mask: (N,) bool, or 0 and 1; False removes a token from sums, lengths and metrics.
         normalizer: what the sum over groups is divided by; None: number of prompts (`nll`: of counted tokens). With
-            gradient accumulation or several ranks, pass the count of the whole batch.
+            gradient accumulation or several ranks, pass the count of the whole batch; one for each part of the loss
+            (`loss.normalizers`) where it has several.
         impl: "auto" (Triton on a GPU, torch elsewhere), "triton" or "eager".
+        targets: (R,) what the data says of each response, for losses with a `target_kind`: "score" (any real number),
+            "label" (1 desirable, 0 undesirable) or "preference" (probability of being the preferred one of the pair).
+        mismatched: log-ratio sums of other prompts' responses, in nats, for losses with `needs_mismatched` (kto).
+        stats: (N,) outputs of `token_logps` that the loss names in `row_outputs`.
+        token_kl: (N,) KL(reference || policy) at each row, in nats, for losses with `needs_token_kl` (tdpo1, tdpo2).
+        state: running statistics, from `loss.new_state()`; None: those of this call alone. Updated in training mode.
     Returns:
         PreferenceOutput. metrics: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies,
-        logps/chosen, logps/rejected for pairs, logps/response for single sequences.
+        logps/chosen, logps/rejected for pairs; what others report, their `metrics` says. loss/<part> where there are
+        several parts.
     Gradient:
-        With respect to logps alone; ref_logps and token_weights are data.
+        With respect to logps and token_kl; all else is data.
     Raises:
         ValueError: shapes disagree with the layout, the layout with the loss, devices with each other, or a reference
             is missing or too many.
@@ -109,15 +140,8 @@ def preference_loss(
     Source:
         Each loss's docstring names its own.
     """
-    _check_tail(logps, layout, loss, ref_logps, token_weights, mask)
-    batch = _prepare(
-        layout, loss, logps.device, reference.accumulator(logps.dtype), ref_logps, token_weights, mask, logps
-    )
-    if _use_triton(impl, logps):
-        summed, score_S = PreferenceTail.apply(logps, batch)
-    else:
-        summed, score_S = _eager_tail(logps, batch)
-    return _finish(summed, score_S, logps.detach(), batch, normalizer, {})
+    given = Given(ref_logps, token_weights, mask, targets, mismatched, stats or {}, token_kl)
+    return _preference_loss(logps, layout, loss, given, normalizer, impl, state)
 
 
 def linear_preference_loss(
@@ -128,7 +152,7 @@ def linear_preference_loss(
     loss: Loss,
     ref_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
+    normalizer: float | Tensor | Sequence[float | Tensor] | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -137,25 +161,29 @@ def linear_preference_loss(
     outputs: Collection[str] = ("entropy", "is_top1"),
     impl: str = "auto",
     workspace_bytes: int | None = None,
+    *,
+    targets: Tensor | None = None,
+    mismatched: Tensor | None = None,
+    token_kl: Tensor | None = None,
+    state: nn.Module | None = None,
 ) -> PreferenceOutput:
     """`preference_loss` of hidden states under a head, without the logits.
 
     Args:
         hidden: (N, D) states that predict the packed response tokens; weight (V, D), labels (N,), bias, softcap,
             logit_scale, temperature, ignore_index, outputs, impl, workspace_bytes: as in `token_logps`.
-        layout, loss, ref_logps, token_weights, normalizer: as in `preference_loss`. Rows with ignore_index count
-            nowhere.
+        layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state: as in
+            `preference_loss`. Rows with ignore_index count nowhere.
     Returns:
         PreferenceOutput; metrics as in `preference_loss`, and means over counted tokens of what `outputs` names:
         entropy (nats), mean_token_accuracy (of is_top1), logits/mean, lse.
     """
     out = token_logps(
         hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
-        ignore_index=ignore_index, outputs=outputs, impl=impl, workspace_bytes=workspace_bytes,
+        ignore_index=ignore_index, outputs=(*outputs, *_row_outputs(loss)), impl=impl, workspace_bytes=workspace_bytes,
     )  # fmt: skip
-    return _from_token_logps(
-        out, labels, layout, loss, ref_logps, token_weights, normalizer, ignore_index, tail_impl(impl)
-    )
+    given = Given(ref_logps, token_weights, labels != ignore_index, targets, mismatched, token_kl_N=token_kl)
+    return _from_token_logps(out, layout, loss, given, normalizer, tail_impl(impl), state)
 
 
 def logits_preference_loss(
@@ -165,7 +193,7 @@ def logits_preference_loss(
     loss: Loss,
     ref_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
+    normalizer: float | Tensor | Sequence[float | Tensor] | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
@@ -173,14 +201,19 @@ def logits_preference_loss(
     outputs: Collection[str] = ("entropy", "is_top1"),
     impl: str = "auto",
     keep_logits: bool = False,
+    *,
+    targets: Tensor | None = None,
+    mismatched: Tensor | None = None,
+    token_kl: Tensor | None = None,
+    state: nn.Module | None = None,
 ) -> PreferenceOutput:
     """`preference_loss` from logits: on a GPU one launch forward, one backward over the logits themselves.
 
     Args:
         logits: (N, V) or (B, T, V) raw logits that predict the packed response tokens, any floating dtype and strides;
             labels, softcap, logit_scale, temperature, ignore_index, outputs, keep_logits: as in `logits_token_logps`.
-        layout, loss, ref_logps, token_weights, normalizer: as in `preference_loss`. Rows with ignore_index count
-            nowhere.
+        layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state: as in
+            `preference_loss`. Rows with ignore_index count nowhere.
         impl: "auto" (one fused Triton launch on a GPU, torch elsewhere), "triton" or "eager". A loss that needs all
             scores before its link takes two launches.
     Returns:
@@ -190,36 +223,39 @@ def logits_preference_loss(
     Raises:
         As `logits_token_logps` and `preference_loss`.
     """
-    if impl == "eager" or loss.needs_scores or impl == "auto" and not uses_triton(logits.device, logits.dtype):
+    given = Given(ref_logps, token_weights, labels != ignore_index, targets, mismatched, token_kl_N=token_kl)
+    eager = impl == "eager" or impl == "auto" and not uses_triton(logits.device, logits.dtype)
+    if eager or not _fits_one_launch(loss, token_kl):
         out = logits_token_logps(
-            logits, labels, softcap, logit_scale, temperature, ignore_index, outputs, impl=impl, keep_logits=keep_logits
-        )
-        return _from_token_logps(out, labels, layout, loss, ref_logps, token_weights, normalizer, ignore_index, impl)
-    want = check_outputs(outputs)
+            logits, labels, softcap, logit_scale, temperature, ignore_index, (*outputs, *_row_outputs(loss)),
+            impl=impl, keep_logits=keep_logits,
+        )  # fmt: skip
+        return _from_token_logps(out, layout, loss, given, normalizer, impl, state)
+    want = check_outputs((*outputs, *_row_outputs(loss)))
     check_logits(logits, labels, ignore_index)
     logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    mask = labels != ignore_index
-    _check_tail(labels, layout, loss, ref_logps, token_weights, mask)
-    batch = _prepare(layout, loss, logits.device, torch.float32, ref_logps, token_weights, mask)
+    given = replace(given, mask_N=given.mask_N.reshape(-1))
+    _check_tail(labels, layout, loss, given)
+    tail = _prepare(layout, loss, logits.device, torch.float32, given, state)
     head = Head(softcap, logit_scale, temperature, ignore_index)
     call = LogitsCall(head, want, logits_rows(impl, logits), keep_logits or must_keep(logits))
-    summed, score_S, *stats = FusedLogits.apply(logits, labels, batch, call)
+    summed, score_S, *stats = FusedLogits.apply(logits, labels, tail, call)
     out = TokenLogpsOutput(
         stats[0], entropy=stats[2], is_top1=stats[3], mean_logit=stats[4], lse=stats[1] if "lse" in want else None
     )
-    return _finish(summed, score_S, out.logps, batch, normalizer, _row_metrics(out, mask))
+    return _finish(summed, score_S, out.logps, tail, normalizer, _row_metrics(out, given.mask_N))
 
 
 class PreferenceTail(torch.autograd.Function):
     """logps -> (sum of weighted group values, segment scores), by the tail kernel; g_N is made in forward."""
 
     @staticmethod
-    def forward(ctx, logps, batch: _Batch):
+    def forward(ctx, logps, call: _Tail):
         from prefkern.kernels import links, tail
 
         value_G, score_S, g_N = tail.tail(
-            logps.detach(), batch.index, getattr(links, batch.loss.link), batch.loss.link_params(),
-            want_grad=ctx.needs_input_grad[0], **batch.kernel_arguments,
+            logps.detach(), call.index, links.find(call.loss.link), call.loss.link_params(),
+            want_grad=ctx.needs_input_grad[0], **call.kernel_arguments,
         )  # fmt: skip
         ctx.save_for_backward(logps, g_N)
         ctx.mark_non_differentiable(score_S)
@@ -237,12 +273,12 @@ class FusedLogits(torch.autograd.Function):
     """logits -> (sum of weighted group values, segment scores, row statistics), one launch each way."""
 
     @staticmethod
-    def forward(ctx, logits, labels, batch: _Batch, call: LogitsCall):
+    def forward(ctx, logits, labels, tail: _Tail, call: LogitsCall):
         from prefkern.kernels import fused_logits, links
 
         stats, value_G, score_S, g_N = fused_logits.fused_logits_forward(
-            logits.detach(), labels, call.head, batch.index, getattr(links, batch.loss.link), batch.loss.link_params(),
-            want_grad=ctx.needs_input_grad[0], **batch.kernel_arguments, **call.flags,
+            logits.detach(), labels, call.head, tail.index, links.find(tail.loss.link), tail.loss.link_params(),
+            want_grad=ctx.needs_input_grad[0], **tail.kernel_arguments, **call.flags,
         )  # fmt: skip
         ctx.save_for_backward(logits, labels, stats.lse, g_N)
         ctx.call = call
@@ -264,37 +300,99 @@ def tail_impl(impl: str) -> str:
     return {"cut": "triton", "eager": "eager"}.get(impl, "auto")
 
 
-def _from_token_logps(out, labels, layout, loss, ref_logps, token_weights, normalizer, ignore_index, impl):
-    mask = (labels != ignore_index).reshape(-1)
+def _row_outputs(loss: Loss) -> tuple[str, ...]:
+    return tuple(name for part in loss.parts() for name in part.loss.row_outputs)
+
+
+def _fits_one_launch(loss: Loss, token_kl: Tensor | None) -> bool:
+    parts = loss.parts()
+    return len(parts) == 1 and not loss.needs_first_pass and not loss.row_outputs and token_kl is None
+
+
+def _from_token_logps(out, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:
     flat = TokenLogpsOutput(*(None if t is None else t.reshape(-1) for t in out))
-    result = preference_loss(flat.logps, layout, loss, ref_logps, token_weights, mask, normalizer, impl)
-    result.metrics.update(_row_metrics(flat, mask))
+    stats = {name: getattr(flat, name) for name in _row_outputs(loss)}
+    given = replace(given, mask_N=given.mask_N.reshape(-1), stats=stats)
+    result = _preference_loss(flat.logps, layout, loss, given, normalizer, impl, state)
+    result.metrics.update(_row_metrics(flat, given.mask_N))
     return result
 
 
-def _prepare(layout, loss, device, wide: torch.dtype, ref_logps, token_weights, mask, logps=None) -> _Batch:
+def _preference_loss(logps, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:
+    parts = loss.parts(state)
+    if len(parts) == 1:
+        return _one_loss(logps, layout, loss, given, normalizer, impl, parts[0].state)
+    normalizers = [None] * len(parts) if normalizer is None else list(normalizer)
+    if len(normalizers) != len(parts):
+        raise ValueError(f"{loss.name} has {len(parts)} parts, but {len(normalizers)} normalizers were given")
+    loss.check_layout(layout)
+    results = [
+        _one_loss(logps, layout, part.loss, _share(given, part.loss), own, impl, part.state)
+        for part, own in zip(parts, normalizers)
+    ]
+    total = sum(part.weight * result.loss for part, result in zip(parts, results))
+    metrics = {f"loss/{part.loss.name}": result.loss.detach() for part, result in zip(parts, results)}
+    return PreferenceOutput(total, {**results[0].metrics, **metrics}, logps.detach(), results[0].scores)
+
+
+def _share(given: Given, loss: Loss) -> Given:
+    """What one part of a sum looks at: the others' reference and targets are not its concern."""
+    return replace(
+        given,
+        ref_logps_N=given.ref_logps_N if loss.needs_reference else None,
+        target_R=given.target_R if loss.target_kind else None,
+        mismatched_R=given.mismatched_R if loss.needs_mismatched else None,
+        token_kl_N=given.token_kl_N if loss.needs_token_kl else None,
+    )
+
+
+def _one_loss(logps, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:
+    _check_tail(logps, layout, loss, given)
+    tail = _prepare(layout, loss, logps.device, reference.accumulator(logps.dtype), given, state, logps)
+    x = logps
+    if loss.needs_token_kl:
+        counted = None if tail.batch.weights_N is None else tail.batch.weights_N != 0
+        kl = given.token_kl_N if counted is None else torch.where(counted, given.token_kl_N, 0.0)
+        x = loss.with_token_kl(logps, kl, tail.batch.index)
+    if _use_triton(impl, logps):
+        summed, score_S = PreferenceTail.apply(x, tail)
+    else:
+        summed, score_S = _eager_tail(x, tail)
+    return _finish(summed, score_S, logps.detach(), tail, normalizer, {}, x.detach())
+
+
+def _prepare(layout, loss, device, wide: torch.dtype, given: Given, state, logps=None) -> _Tail:
     layout = loss.segmented(layout)
     index = layout.index(device)
     with torch.no_grad():
-        ref_logps, weights = (None if t is None else t.detach().to(wide) for t in (ref_logps, token_weights))
-        if mask is not None:
-            mask = mask.bool()
-            weights = mask.to(wide) if weights is None else torch.where(mask, weights, 0.0)
+        ref_logps, weights, target_R, mismatched_R = (
+            None if t is None else t.detach().to(wide)
+            for t in (given.ref_logps_N, given.token_weights_N, given.target_R, given.mismatched_R)
+        )
+        mask = None if given.mask_N is None else given.mask_N.bool()
         if mask is None:
             count_R = index.response_offsets.diff().to(wide)
         else:
+            weights = mask.to(wide) if weights is None else torch.where(mask, weights, 0.0)
             count_R = reference.span_sums(mask.to(wide), index.response_offsets)
-        scale_R, margin = loss.scale(count_R), 0.0
-        if loss.needs_scores:
-            d = reference.log_ratios(logps, ref_logps, weights)
-            margin = loss.margin(reference.segment_scores(d, index, scale_R, layout.segments_per_response), layout)
-        else:
-            margin = loss.margin(None, layout)
-        weight_G = _alive(layout, index, weights, wide)
-        own_G = loss.group_weight(index)
+        factor_N = loss.token_factor(layout, index, wide)
+        if factor_N is not None:
+            weights = factor_N if weights is None else weights * factor_N
+        stats = {name: t.detach().to(wide) for name, t in given.stats.items()}
+        batch = Batch(layout, index, count_R, weights, target_R, mismatched_R, stats, state)
+        if loss.needs_first_pass:
+            sums = [reference.log_ratios(x.detach().to(wide), None, weights) if x is not None else None
+                    for x in (logps, ref_logps)]  # fmt: skip
+            logp_R, ref_R = (None if x is None else reference.span_sums(x, index.response_offsets) for x in sums)
+            ref_R = torch.zeros_like(logp_R) if ref_R is None else ref_R
+            batch = replace(batch, logps_N=logps.detach().to(wide), logp_R=logp_R, ref_R=ref_R)
+        scale_R, margin, target_R = loss.scale(batch), loss.margin(batch), loss.target(batch)
+        tail_index = loss.regroup(batch)
+        weight_G = _alive(layout, tail_index, weights, wide)
+        own_G = loss.group_weight(batch)
         own_G = None if own_G is None else own_G.to(wide)
         weight_G = own_G if weight_G is None else weight_G if own_G is None else weight_G * own_G
-        return _Batch(loss, layout, index, ref_logps, weights, scale_R, margin, weight_G, count_R)
+        return _Tail(loss, batch, tail_index, ref_logps, scale_R, margin, target_R, weight_G)
 
 
 def _alive(layout: Layout, index: TailIndex, weights_N: Tensor | None, wide: torch.dtype) -> Tensor | None:
@@ -309,25 +407,31 @@ def _alive(layout: Layout, index: TailIndex, weights_N: Tensor | None, wide: tor
     return (reference.span_sums(tokens_S, index.group_offsets) > 0).to(wide)
 
 
-def _eager_tail(logps: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
-    d = reference.log_ratios(logps, batch.ref_logps_N, batch.weights_N)
-    score_S = reference.segment_scores(d, batch.index, batch.scale_R, batch.layout.segments_per_response)
-    score_GK, _ = reference.pad_groups(score_S, batch.index)
-    value_G = batch.loss.eager(score_GK, batch.margin)
-    return (value_G if batch.weight_G is None else value_G * batch.weight_G).sum(), score_S.detach()
+def _eager_tail(logps: Tensor, tail: _Tail) -> tuple[Tensor, Tensor]:
+    d = reference.log_ratios(logps, tail.ref_logps_N, tail.batch.weights_N)
+    score_S = reference.segment_scores(d, tail.index, tail.scale_R, tail.batch.layout.segments_per_response)
+    score_GK, valid_GK = reference.pad_groups(score_S, tail.index)
+    targets = ()
+    if tail.loss.link_targets:
+        targets = reference.pad_groups(tail.of_segments(tail.target_R), tail.index)[0], valid_GK
+    value_G = tail.loss.eager(score_GK, tail.margin, *targets)
+    return (value_G if tail.weight_G is None else value_G * tail.weight_G).sum(), score_S.detach()
 
 
-def _finish(summed, score_S, logps_N, batch: _Batch, normalizer, metrics) -> PreferenceOutput:
+def _finish(summed, score_S, logps_N, tail: _Tail, normalizer, metrics, x_N=None) -> PreferenceOutput:
+    batch = tail.batch
     if normalizer is None:
-        normalizer = batch.loss.normalizer(batch.layout, batch.count_R.sum())
+        normalizer = tail.loss.normalizer(batch.layout, batch.count_R)
+    elif isinstance(normalizer, Sequence) or isinstance(normalizer, Tensor) and normalizer.dim():
+        [normalizer] = normalizer
     with torch.no_grad():
-        d = reference.log_ratios(logps_N, batch.ref_logps_N, batch.weights_N)
-        ratio_R = reference.span_sums(d, batch.index.response_offsets)
-        ratio_R = ratio_R if batch.scale_R is None else ratio_R * batch.scale_R
+        d = reference.log_ratios(logps_N if x_N is None else x_N, tail.ref_logps_N, batch.weights_N)
+        score_R = reference.span_sums(d, batch.index.response_offsets)
+        score_R = score_R if tail.scale_R is None else score_R * tail.scale_R
         counted = reference.log_ratios(
             logps_N, None, None if batch.weights_N is None else (batch.weights_N != 0).float()
         )
-        own = batch.loss.metrics(ratio_R, reference.span_sums(counted, batch.index.response_offsets))
+        own = tail.loss.metrics(score_R, reference.span_sums(counted, batch.index.response_offsets), batch)
     return PreferenceOutput(summed / normalizer, {**own, **metrics}, logps_N, score_S)
 
 
@@ -349,16 +453,37 @@ def _use_triton(impl: str, logps: Tensor) -> bool:
     return impl == "auto" and uses_triton(logps.device, logps.dtype)
 
 
-def _check_tail(rows_N: Tensor, layout: Layout, loss: Loss, ref_logps, token_weights, mask) -> None:
+def _check_tail(rows_N: Tensor, layout: Layout, loss: Loss, given: Given) -> None:
     loss.check_layout(layout)
-    if not loss.needs_reference and ref_logps is not None:
-        raise ValueError(f"{loss.name} uses no reference, but ref_logps were given; leave them out")
-    if loss.needs_reference and ref_logps is None:
-        raise ValueError(
-            f"{loss.name} compares with a reference: pass ref_logps, (N,) from token_logps of the reference model"
-        )
-    for name, t in (("logps", rows_N), ("ref_logps", ref_logps), ("token_weights", token_weights), ("mask", mask)):
+    needs = (
+        (loss.needs_reference, given.ref_logps_N, "compares with a reference", "uses no reference", "ref_logps",
+         "(N,) from token_logps of the reference model"),
+        (loss.target_kind, given.target_R, "reads targets", "reads no targets", "targets",
+         f"(R,), a {loss.target_kind} of each response"),
+        (loss.needs_mismatched, given.mismatched_R, "needs a baseline", "needs no baseline", "mismatched",
+         "log-ratio sums of prompts with other prompts' responses"),
+        (loss.needs_token_kl, given.token_kl_N, "needs the KL divergence of every row", "uses no KL divergence",
+         "token_kl", "(N,) from token_kl"),
+    )  # fmt: skip
+    for needed, value, does, does_not, name, what in needs:
+        if needed and value is None:
+            raise ValueError(f"{loss.name} {does}: pass {name}, {what}")
+        if not needed and value is not None:
+            raise ValueError(f"{loss.name} {does_not}, but {name} were given; leave them out")
+    if loss.needs_token_weights and given.token_weights_N is None:
+        raise ValueError(f"{loss.name} weights tokens: pass token_weights, (N,)")
+    for name in loss.row_outputs:
+        if name not in given.stats:
+            raise ValueError(f"{loss.name} needs the output {name!r} of token_logps: pass stats={{{name!r}: ...}}")
+    rows = {"logps": rows_N, "ref_logps": given.ref_logps_N, "token_weights": given.token_weights_N,
+            "mask": given.mask_N, "token_kl": given.token_kl_N, **given.stats}  # fmt: skip
+    for name, t in rows.items():
         if t is not None and t.shape != (layout.num_tokens,):
             raise ValueError(f"{name} has shape {tuple(t.shape)}, but the layout holds {layout.num_tokens} tokens")
+    if given.target_R is not None and given.target_R.shape != (layout.num_responses,):
+        raise ValueError(
+            f"targets has shape {tuple(given.target_R.shape)}, but the layout holds {layout.num_responses} responses"
+        )
+    for name, t in {**rows, "targets": given.target_R, "mismatched": given.mismatched_R}.items():
         if t is not None and t.device != rows_N.device:
             raise ValueError(f"{name} is on {t.device}, but the policy's log-probabilities are on {rows_N.device}")

@@ -106,6 +106,25 @@ def test_swapping_a_pair_mirrors_the_logistic_loss():
         torch.testing.assert_close(gap, -(1 - 2 * smoothing) * 0.7 * (score[:, 0] - score[:, 1]))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nll_weight_adds_the_chosen_responses_cross_entropy(impl):
+    layout, logps, ref = pk.Layout.pairs([5, 2], [3, 4]), -torch.rand(14), -torch.rand(14)
+    chosen = torch.cat([logps[:5], logps[8:10]])
+    dpo = pk.preference_loss(logps, layout, pk.losses.DPO(), ref_logps=ref).loss
+    out = pk.preference_loss(logps, layout, pk.losses.DPO(nll_weight=0.3), ref_logps=ref, impl=impl)
+    torch.testing.assert_close(out.loss, dpo - 0.3 * chosen.mean())
+    torch.testing.assert_close(out.metrics["loss/nll"], -chosen.mean())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ld_alpha_desensitises_what_lies_beyond_the_shorter_response(impl):
+    layout, logps, ref = pk.Layout.pairs([5, 2], [3, 4]), -torch.rand(14), -torch.rand(14)
+    weights = torch.tensor([1.0, 1, 1, 0.25, 0.25, 1, 1, 1, 1, 1, 1, 1, 0.25, 0.25])
+    want = pk.preference_loss(logps, layout, pk.losses.DPO(), ref_logps=ref, token_weights=weights).loss
+    got = pk.preference_loss(logps, layout, pk.losses.DPO(ld_alpha=0.25), ref_logps=ref, impl=impl).loss
+    torch.testing.assert_close(got, want)
+
+
 def test_nll_is_the_token_mean():
     logps = -torch.rand(12)
     out = pk.preference_loss(logps, pk.Layout.sequences([5, 7]), pk.losses.NLL())
@@ -183,7 +202,10 @@ def test_metrics_of_a_pair():
         (lambda: pk.losses.get("dpo", beta=float("nan")), "beta=nan"),
         (lambda: pk.losses.get("dpo", label_smoothing=0.5), "[0, 0.5)"),
         (lambda: pk.losses.get("ipo", normalize="median"), "'mean', 'sum'"),
-        (lambda: pk.losses.get("autoregressive_dpo", granularity=7), "granularity=7 must be Static(k)"),
+        (
+            lambda: pk.losses.get("autoregressive_dpo", granularity=7),
+            "granularity=7 must be one of Static, Adaptive, Boundaries, None",
+        ),
         (lambda: pk.losses.get("autoregressive_dpo", accumulate="both"), "'segment', 'prefix'"),
         (lambda: pk.Static(0), "k=0"),
         (lambda: pk.Adaptive(2, rule="C"), "rule='C'"),
@@ -202,7 +224,12 @@ def test_bad_options_are_named(make, words):
         (lambda x, lay: pk.preference_loss(x, lay, pk.losses.SimPO(), ref_logps=x), "uses no reference"),
         (lambda x, lay: pk.preference_loss(x[:-1], lay, pk.losses.SimPO()), "layout holds 8 tokens"),
         (lambda x, lay: pk.preference_loss(x, lay, pk.losses.DPO(), ref_logps=x[1:]), "ref_logps has shape (7,)"),
-        (lambda x, lay: pk.preference_loss(x, lay, pk.losses.NLL()), "use Layout.sequences"),
+        (
+            lambda x, lay: pk.preference_loss(x, pk.Layout.groups([8], [1]), pk.losses.DPO(), ref_logps=x),
+            "use Layout.pairs",
+        ),
+        (lambda x, lay: pk.preference_loss(x, lay, pk.losses.SimPO(), targets=x[:2]), "reads no targets"),
+        (lambda x, lay: pk.preference_loss(x, lay, pk.losses.SimPO(nll_weight=1.0), normalizer=[1.0]), "2 parts"),
         (lambda x, lay: pk.preference_loss(x, lay.static(1), pk.losses.SimPO()), "pass the uncut layout"),
         (
             lambda x, lay: pk.preference_loss(x, lay.static(1), pk.losses.AutoregressiveDPO(), ref_logps=x),
@@ -225,7 +252,9 @@ def test_bad_calls_are_named(call, words):
 
 def test_option_names_are_frozen():
     """Renaming an option breaks users' configurations: do it knowingly, here too."""
-    fields = {name: sorted(pk.losses.options(name)) for name in pk.losses.names()}
+    pair = {"nll_weight", "ld_alpha", "wpo"}
+    fields = {name: sorted({*pk.losses.options(name)} - pair) for name in pk.losses.names()}
+    assert all(pair <= {*pk.losses.options(name)} for name in fields if pk.losses.get(name).arity == "pair")
     assert fields == {
         "autoregressive_dpo": ["accumulate", "beta", "granularity", "label_smoothing", "segment_reduction"],
         "dpo": ["beta", "label_smoothing"],

@@ -150,10 +150,11 @@ def test_a_loss_that_needs_all_scores_runs_on_every_body():
     class Centred(pk.losses.DPO):
         """Subtracts the batch's mean difference of scores."""
 
-        needs_scores = True
+        needs_first_pass = True
 
-        def margin(self, score_S, layout):
-            return self.beta * (score_S[::2] - score_S[1::2]).mean().expand(layout.num_groups)
+        def margin(self, batch):
+            chosen, rejected = batch.pairs(batch.logp_R - batch.ref_R)
+            return self.beta * (chosen - rejected).mean().expand(batch.layout.num_groups)
 
     truth, *others = (from_logits(Centred(), impl)[:2] for impl in ("eager", "auto", "triton"))
     plain = from_logits(pk.losses.DPO(), "eager")[0]

@@ -84,6 +84,7 @@ class Outcome:
 
     def to_dict(self) -> dict:
         """Shares with intervals, for JSON: over all problems, and by family."""
+
         def entry(share: Share) -> dict:
             return {**dataclasses.asdict(share), "share": share.value, "wilson_95": list(share.interval)}
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from prefkern.layout import Layout
 from prefkern.losses import Loss
 from prefkern.preference import PreferenceOutput, linear_preference_loss
 from prefkern.training.collator import PackedCollator
@@ -130,10 +131,12 @@ class PreferenceTrainer(Trainer):
         if not batch_samples:
             return None
         layouts = [batch["layout"] for batch in batch_samples]
-        items = float(sum(float(self.loss.normalizer(x, torch.tensor(float(x.num_tokens)))) for x in layouts))
-        if self.args.world_size == 1:
-            return items
-        return self.accelerator.gather(torch.tensor([items], device=device)).sum()
+        items = torch.tensor([self._items(x) for x in layouts]).sum(0)
+        return items.to(device) if self.args.world_size == 1 else self.accelerator.reduce(items.to(device))
+
+    def _items(self, layout: Layout) -> list[float]:
+        """What each part of the loss counts, in one batch."""
+        return [float(n) for n in self.loss.normalizers(layout, torch.tensor(layout.lengths, dtype=torch.float64))]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer.log, with the metrics averaged since the last training log."""
@@ -146,8 +149,7 @@ class PreferenceTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        items = self.loss.normalizer(inputs["layout"], torch.tensor(float(inputs["layout"].num_tokens)))
-        self._eval_window.add_weighted("loss", loss, float(items))
+        self._eval_window.add_weighted("loss", loss, self._items(inputs["layout"])[0])
         return loss.detach(), None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):

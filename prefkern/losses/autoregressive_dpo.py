@@ -6,8 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from prefkern.granularity import Adaptive, Boundaries, Granularity, Static
-from prefkern.layout import Accumulate, Layout, TailIndex
-from prefkern.losses.base import choice, register
+from prefkern.layout import Accumulate, Layout
+from prefkern.losses.base import Batch, choice, register, variant
 from prefkern.losses.dpo import DPO
 
 
@@ -35,16 +35,11 @@ class AutoregressiveDPO(DPO):
     formula: ClassVar[str] = "sum_i -log sigma(beta (S_w(i) - S_l(i)))"
     source: ClassVar[str] = "Autoregressive DPO 2026, arXiv:2602.09533"
 
-    granularity: Granularity | None = Static(1)
+    granularity: Granularity | None = variant(
+        Static(1), optional=True, static=Static, adaptive=Adaptive, boundaries=Boundaries
+    )
     segment_reduction: str = choice("sum", "sum", "mean")
     accumulate: Accumulate = choice("segment", "segment", "prefix")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.granularity, Static | Adaptive | Boundaries | None):
-            raise ValueError(
-                f"{self.name}: granularity={self.granularity!r} must be Static(k), Adaptive(m), Boundaries() or None"
-            )
 
     def segmented(self, layout: Layout) -> Layout:
         """The layout cut by `granularity`; one that is cut already is taken as it is if granularity leaves it open."""
@@ -62,5 +57,9 @@ class AutoregressiveDPO(DPO):
             )
         return layout
 
-    def group_weight(self, index: TailIndex) -> Tensor | None:
-        return None if self.segment_reduction == "sum" else 1 / index.parts_of_group_G.double()
+    def group_weight(self, batch: Batch) -> Tensor | None:
+        weight = super().group_weight(batch)
+        if self.segment_reduction == "sum":
+            return weight
+        share = 1 / batch.index.parts_of_group_G.double()
+        return share if weight is None else weight * share

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefkern.layout import Layout, TailIndex
 
@@ -51,23 +51,97 @@ def choice(default: str, *values: str) -> Any:
     return field(default=default, metadata={"choices": values})
 
 
+def variant(default: Any, *, optional: bool = False, **kinds: type) -> Any:
+    """A dataclass field that holds one of a few small objects, written by kind in YAML: {kind: {field: value}}.
+
+    Args:
+        default: an object of one of the kinds, or None.
+        optional: whether None is allowed.
+        kinds: the class behind each name.
+    """
+    return field(default=default, metadata={"kinds": kinds, "optional": optional})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss may look at to make its constants; nothing in it carries a gradient.
+
+    "Counted" tokens are those that mask and ignore_index leave. Suffixes: N packed rows, R responses.
+    """
+
+    layout: Layout  # as the loss compares it
+    index: TailIndex
+    count_R: Tensor  # counted tokens
+    weights_N: Tensor | None = None  # of the log-ratios, 0 where a row does not count; None: 1 everywhere
+    target_R: Tensor | None = None  # what the data says of each response, see Loss.target_kind
+    mismatched_R: Tensor | None = None  # log-ratio sums of other prompts' responses, where Loss.needs_mismatched
+    stats: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) outputs of token_logps, see Loss.row_outputs
+    state: nn.Module | None = None  # see Loss.state
+    # The first pass, None unless Loss.needs_first_pass:
+    logps_N: Tensor | None = None
+    logp_R: Tensor | None = None  # weighted sums of log-probabilities
+    ref_R: Tensor | None = None  # the reference's, 0 where the loss has none
+
+    @property
+    def prompt_of_response_R(self) -> Tensor:
+        """Prompt that each response answers."""
+        device = self.count_R.device
+        sizes = torch.tensor(self.layout.group_sizes, device="cpu").to(device, non_blocking=True)
+        prompts = torch.arange(len(sizes), device=device)
+        return prompts.repeat_interleave(sizes, output_size=self.layout.num_responses)
+
+    def pairs(self, values_R: Tensor) -> tuple[Tensor, Tensor]:
+        """(P,) values of the chosen and of the rejected responses."""
+        chosen, rejected = values_R.view(-1, 2).unbind(1)
+        return chosen, rejected
+
+    def token_means(self, values_N: Tensor) -> Tensor:
+        """(R,) means over each response's counted tokens; 0 where none counts."""
+        from prefkern import reference
+
+        kept = values_N if self.weights_N is None else torch.where(self.weights_N != 0, values_N, 0.0)
+        return reference.span_sums(kept, self.index.response_offsets) / self.count_R.clamp(min=1)
+
+
+class Part(NamedTuple):
+    """One addend of a loss: weight * loss."""
+
+    weight: float
+    loss: Loss
+    state: nn.Module | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss(ABC):
     """A loss over groups of segment scores.
 
         score_s = scale * sum over segment s of token_weight * (logp - ref_logp)
-        loss    = sum_g weight_g * value(scores of group g, margin) / normalizer
+        loss    = sum_g weight_g * value(scores of group g, targets of group g, margin_g) / normalizer
 
-    A subclass states the class variables, `eager` (the definition of `value`) and `link_params`; `scale`, `margin` and
-    `group_weight` have defaults. Whatever these return is data: no gradient flows through it.
+    A subclass states the class variables, `eager` (the definition of `value`) and `link_params`; all the rest has
+    defaults. What `scale`, `margin`, `target`, `group_weight` and `token_factor` return is data: no gradient flows
+    through it. Class variables may be properties where an option decides.
     """
 
     name: ClassVar[str] = ""
-    link: ClassVar[str]  # function of prefkern.kernels.links that computes value and derivative
-    arity: ClassVar[Literal["pair", "single"]]
+    link: ClassVar[str]  # function of prefkern.kernels.links that computes value and derivative, or the function
+    arity: ClassVar[Literal["pair", "single", "list"]]  # responses a prompt: 2, 1, any number
     needs_reference: ClassVar[bool]
     formula: ClassVar[str]  # one line, for tables
     source: ClassVar[str]
+    confidence: ClassVar[str] = "paper"  # where the formula was read: paper, authors' code, third party, derived
+
+    needs_lengths: ClassVar[bool] = False  # whether the number of counted tokens enters the formula
+    needs_first_pass: ClassVar[bool] = False  # whether constants depend on the batch's log-probabilities
+    couples_batch: ClassVar[bool] = False  # whether one prompt's value depends on the other prompts
+    needs_token_weights: ClassVar[bool] = False
+    needs_token_kl: ClassVar[bool] = False  # see `with_token_kl`
+    needs_mismatched: ClassVar[bool] = False  # log-ratio sums of mismatched prompts and responses
+    row_outputs: ClassVar[tuple[str, ...]] = ()  # outputs of token_logps that `Batch.stats` shall hold
+    # What the data says of each response: "score" (any real number), "label" (1 desirable, 0 not), or "preference"
+    # (probability that it is preferred to the other of its pair); None: nothing.
+    target_kind: ClassVar[Literal["score", "label", "preference"] | None] = None
+    link_targets: ClassVar[bool] = False  # whether `eager` and the link read a target per member
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -77,14 +151,22 @@ class Loss(ABC):
                 raise ValueError(f"{self.name}: {f.name}={value!r} must be a number in {allowed}{hint}")
             if choices is not None and value not in choices:
                 raise ValueError(f"{self.name}: {f.name}={value!r} must be one of {', '.join(map(repr, choices))}")
+            kinds = f.metadata.get("kinds")
+            if kinds is not None and not isinstance(value, tuple(kinds.values())):
+                if not (value is None and f.metadata["optional"]):
+                    known = ", ".join([cls.__name__ for cls in kinds.values()] + ["None"] * f.metadata["optional"])
+                    raise ValueError(f"{self.name}: {f.name}={value!r} must be one of {known}")
 
     @abstractmethod
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-        """The definition: (G,) values of (G, K) scores, differentiable."""
+        """The definition: (G,) values of (G, K) scores, differentiable.
+
+        Where `link_targets` is set it takes two more: target_GK, and valid_GK (bool, False at padding).
+        """
 
     @abstractmethod
     def link_params(self) -> tuple[float, ...]:
-        """The link's run-time scalars, at most four."""
+        """The link's run-time scalars, at most six."""
 
     def segmented(self, layout: Layout) -> Layout:
         """The layout as this loss compares it; losses with the sum inside take an uncut one."""
@@ -95,49 +177,126 @@ class Loss(ABC):
             )
         return layout
 
-    def scale(self, count_R: Tensor) -> Tensor | None:
-        """(R,) factor of each response's scores, from its number of counted tokens; None for 1."""
+    def scale(self, batch: Batch) -> Tensor | None:
+        """(R,) factor of each response's scores; None for 1."""
         return None
 
-    def margin(self, score_S: Tensor | None, layout: Layout) -> float | Tensor:
-        """A number, or (G,), that the link subtracts."""
+    def margin(self, batch: Batch) -> float | Tensor:
+        """A number, or (G,), handed to the link; most links subtract it."""
         return 0.0
 
-    needs_scores: ClassVar[bool] = False  # whether `margin` wants the scores of a first pass
+    def target(self, batch: Batch) -> Tensor | None:
+        """(R,) targets handed to the link, made of `Batch.target_R`."""
+        return batch.target_R
 
-    def group_weight(self, index: TailIndex) -> Tensor | None:
-        """(G,) weights of the groups' values, on the index's device; None for 1."""
+    def group_weight(self, batch: Batch) -> Tensor | None:
+        """(G,) weights of the groups' values; None for 1."""
         return None
 
-    def normalizer(self, layout: Layout, count: Tensor) -> float | Tensor:
-        """What the sum over groups is divided by if the caller names nothing: prompts."""
+    def token_factor(self, layout: Layout, index: TailIndex, dtype: torch.dtype) -> Tensor | None:
+        """(N,) factor of the token weights; None for 1."""
+        return None
+
+    def regroup(self, batch: Batch) -> TailIndex:
+        """The index that the tail runs on, for losses that compare responses across prompts."""
+        return batch.index
+
+    def with_token_kl(self, logps_N: Tensor, kl_N: Tensor, index: TailIndex) -> Tensor:
+        """(N,) log-probabilities plus this loss's share of the per-token KL divergence, differentiable in both."""
+        raise NotImplementedError(f"{self.name} has no KL term")
+
+    def normalizer(self, layout: Layout, count_R: Tensor) -> float | Tensor:
+        """What the sum over groups is divided by if the caller names nothing: prompts. `layout` is cut already."""
         return float(max(1, layout.num_prompts))
+
+    def normalizers(self, layout: Layout, count_R: Tensor) -> tuple[float | Tensor, ...]:
+        """The normalizer of every part, from an uncut layout."""
+        return tuple(p.loss.normalizer(p.loss.segmented(layout), count_R) for p in self.parts())
+
+    def parts(self, state: nn.Module | None = None) -> tuple[Part, ...]:
+        """The addends that this loss is made of; itself unless it is a sum."""
+        return (Part(1.0, self, state),)
+
+    def new_state(self) -> nn.Module | None:
+        """Running statistics as buffers of a new module, updated by calls in training mode; None: it has none."""
+        return None
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError where the layout's groups do not have this loss's arity."""
-        want = {"pair": 2, "single": 1}[self.arity]
+        want = {"pair": 2, "single": 1}.get(self.arity)
         wrong = next((k for k in layout.group_sizes if k != want), None)
-        if wrong is not None:
+        if want is not None and wrong is not None:
             build = "Layout.pairs" if want == 2 else "Layout.sequences"
             raise ValueError(
                 f"{self.name} takes {want} response(s) a prompt, but the layout has one with {wrong}; use {build}"
             )
 
     @abstractmethod
-    def metrics(self, ratio_R: Tensor, logp_R: Tensor) -> dict[str, Tensor]:
-        """Means over the batch, 0-dim on the device, from each response's scaled log-ratio sum and its log-prob sum."""
+    def metrics(self, score_R: Tensor, logp_R: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Means over the batch, 0-dim on the device.
+
+        Args:
+            score_R: scaled, weighted log-ratio sum of each response.
+            logp_R: log-probability of each response, in nats, unscaled and unweighted.
+            batch: what the constants were made of.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairLoss(Loss):
-    """A loss of one chosen and one rejected response; needs a field `beta`."""
+    """A loss of one chosen and one rejected response; needs a field `beta`.
 
-    arity: ClassVar[Literal["pair", "single"]] = "pair"
+    Fields of every pair loss:
+        nll_weight: adds nll_weight times `nll` of the chosen response (mean over the batch's chosen tokens).
+        ld_alpha: multiplies the log-ratios of tokens beyond the shorter response of the pair; None: 1. LD-DPO's length
+            desensitising, arXiv:2409.06411; lengths stay what they are.
+        wpo: weights each pair by exp of both responses' mean of logp - log sum_v p^2, without gradient. WPO,
+            arXiv:2406.11827, as in TRL's code.
+    """
 
-    def metrics(self, ratio_R: Tensor, logp_R: Tensor) -> dict[str, Tensor]:
-        """rewards/* with reward = beta * scaled log-ratio sum; logps/* in nats a response; accuracies in [0, 1]."""
-        chosen, rejected = (self.beta * ratio_R).view(-1, 2).unbind(1)
-        logp_chosen, logp_rejected = logp_R.view(-1, 2).unbind(1)
+    arity: ClassVar[Literal["pair", "single", "list"]] = "pair"
+
+    nll_weight: float = ranged(0.0, 0, 1000, "0, or 0.2 to 1 to keep the chosen likely")
+    ld_alpha: float | None = None
+    wpo: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ld_alpha is not None and self.ld_alpha not in Range(0, 1):
+            raise ValueError(f"{self.name}: ld_alpha={self.ld_alpha!r} must be a number in [0, 1], or None for 1")
+
+    @property
+    def needs_first_pass(self) -> bool:
+        return self.wpo
+
+    @property
+    def row_outputs(self) -> tuple[str, ...]:
+        return ("log_collision",) if self.wpo else ()
+
+    def parts(self, state: nn.Module | None = None) -> tuple[Part, ...]:
+        mine = Part(1.0, self, state)
+        return (mine, Part(self.nll_weight, loss_class("nll")(), None)) if self.nll_weight else (mine,)
+
+    def token_factor(self, layout: Layout, index: TailIndex, dtype: torch.dtype) -> Tensor | None:
+        if self.ld_alpha is None:
+            return None
+        shorter = [min(pair) for pair in zip(layout.lengths[::2], layout.lengths[1::2]) for _ in pair]
+        spans = [n for shared, length in zip(shorter, layout.lengths) for n in (shared, length - shared)]
+        device = index.response_offsets.device
+        spans = torch.tensor(spans, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+        factors = torch.tensor([1.0, self.ld_alpha], dtype=dtype, device="cpu").repeat(layout.num_responses)
+        return factors.to(device, non_blocking=True).repeat_interleave(spans, output_size=layout.num_tokens)
+
+    def group_weight(self, batch: Batch) -> Tensor | None:
+        if not self.wpo:
+            return None
+        chosen, rejected = batch.pairs(batch.token_means(batch.logps_N - batch.stats["log_collision"]))
+        return (chosen + rejected).exp()[batch.index.prompt_of_group_G]
+
+    def metrics(self, score_R: Tensor, logp_R: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """rewards/* with reward = beta * score; logps/* in nats a response; accuracies in [0, 1]."""
+        chosen, rejected = batch.pairs(self.beta * score_R)
+        logp_chosen, logp_rejected = batch.pairs(logp_R)
         return {
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),

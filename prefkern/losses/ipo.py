@@ -5,8 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prefkern.layout import Layout
-from prefkern.losses.base import PairLoss, choice, ranged, register
+from prefkern.losses.base import Batch, PairLoss, choice, ranged, register
 
 
 @register("ipo")
@@ -33,10 +32,10 @@ class IPO(PairLoss):
     beta: float = ranged(0.1, 0, 100, "0.01 to 1 in practice", open_low=True)
     normalize: str = choice("mean", "mean", "sum")
 
-    def scale(self, count_R: Tensor) -> Tensor | None:
-        return 1 / count_R.clamp(min=1) if self.normalize == "mean" else None
+    def scale(self, batch: Batch) -> Tensor | None:
+        return 1 / batch.count_R.clamp(min=1) if self.normalize == "mean" else None
 
-    def margin(self, score_S: Tensor | None, layout: Layout) -> float:
+    def margin(self, batch: Batch) -> float:
         return 1 / (2 * self.beta)
 
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:

@@ -3,28 +3,32 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from prefkern.layout import Layout
-from prefkern.losses.base import Loss, register
+from prefkern.losses.base import Batch, Loss, register
 
 
 @register("nll")
 @dataclass(frozen=True, kw_only=True)
 class NLL(Loss):
-    """Cross-entropy of the response tokens.
+    """Cross-entropy of the response tokens; of pairs and lists, of the first (chosen) response.
 
-        L = - sum_t log pi(y_t) / (number of counted response tokens of the batch)
+        L = - sum_t log pi(y_t) / (number of counted tokens of those responses in the batch)
 
     Source:
         Maximum likelihood; the mean is over tokens, not over sequences.
     """
 
     link: ClassVar[str] = "negative"
-    arity: ClassVar[Literal["pair", "single"]] = "single"
+    arity: ClassVar[Literal["pair", "single", "list"]] = "single"
     needs_reference: ClassVar[bool] = False
     formula: ClassVar[str] = "-logp, mean over tokens"
     source: ClassVar[str] = "maximum likelihood"
+
+    def check_layout(self, layout: Layout) -> None:
+        """Any number of responses a prompt: it reads the first."""
 
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
         return -score_GK[:, 0]
@@ -32,9 +36,10 @@ class NLL(Loss):
     def link_params(self) -> tuple[float, ...]:
         return ()
 
-    def normalizer(self, layout: Layout, count: Tensor) -> Tensor:
-        return count.clamp(min=1)
+    def normalizer(self, layout: Layout, count_R: Tensor) -> Tensor:
+        first = torch.tensor(layout.prompt_starts, dtype=torch.int64, device="cpu").to(count_R.device)
+        return count_R[first].sum().clamp(min=1)
 
-    def metrics(self, ratio_R: Tensor, logp_R: Tensor) -> dict[str, Tensor]:
+    def metrics(self, score_R: Tensor, logp_R: Tensor, batch: Batch) -> dict[str, Tensor]:
         """logps/response: mean log-probability of a response, in nats."""
         return {"logps/response": logp_R.mean()}

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prefkern.layout import Layout
-from prefkern.losses.base import PairLoss, ranged, register, smoothed_logistic
+from prefkern.losses.base import Batch, PairLoss, ranged, register, smoothed_logistic
 
 
 @register("simpo")
@@ -26,16 +25,17 @@ class SimPO(PairLoss):
 
     link: ClassVar[str] = "logistic"
     needs_reference: ClassVar[bool] = False
+    needs_lengths: ClassVar[bool] = True
     formula: ClassVar[str] = "-log sigma(beta (logp_w/n_w - logp_l/n_l) - gamma)"
     source: ClassVar[str] = "Meng et al. 2024, arXiv:2405.14734, eq. 5"
 
     beta: float = ranged(2.0, 0, 1000, "2.0 to 10 in the authors' settings", open_low=True)
     gamma: float = ranged(1.0, 0, 1000, "0.3 to 1.6 in the authors' settings")
 
-    def scale(self, count_R: Tensor) -> Tensor:
-        return 1 / count_R.clamp(min=1)
+    def scale(self, batch: Batch) -> Tensor:
+        return 1 / batch.count_R.clamp(min=1)
 
-    def margin(self, score_S: Tensor | None, layout: Layout) -> float:
+    def margin(self, batch: Batch) -> float:
         return self.gamma
 
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
