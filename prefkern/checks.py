@@ -76,10 +76,10 @@ class Example:
         )
 
     @property
-    def options(self) -> dict[str, Tensor | dict | None]:
+    def options(self) -> dict[str, Tensor | dict | int | None]:
         """Keywords of `preference_loss`."""
         names = ("ref_logps", "targets", "mismatched", "token_weights", "token_kl", "stats")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"vocab_size": 64}
 
 
 def example(
@@ -150,7 +150,7 @@ class _Frozen:
 
     def __init__(self, loss: Loss, batch: Example) -> None:
         given = Given(
-            batch.ref_logps, batch.token_weights, None, batch.targets, batch.mismatched, batch.stats, batch.token_kl
+            batch.ref_logps, batch.token_weights, None, batch.targets, batch.mismatched, batch.stats, batch.token_kl, 64
         )
         self.tails = []
         for weight, part, _ in loss.parts():

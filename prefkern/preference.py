@@ -51,6 +51,7 @@ class Given:
     mismatched_R: Tensor | None = None
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     token_kl_N: Tensor | None = None
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def preference_loss(
     stats: Mapping[str, Tensor] | None = None,
     token_kl: Tensor | None = None,
     state: nn.Module | None = None,
+    vocab_size: int | None = None,
 ) -> PreferenceOutput:
     """Any registered loss from per-token log-probabilities.
 
@@ -126,6 +128,7 @@ def preference_loss(
         mismatched: log-ratio sums of other prompts' responses, in nats, for losses with `needs_mismatched` (kto).
         stats: (N,) outputs of `token_logps` that the loss names in `row_outputs`.
         token_kl: (N,) KL(reference || policy) at each row, in nats, for losses with `needs_token_kl` (tdpo1, tdpo2).
+        vocab_size: V, for losses that compare an entropy in nats with its maximum, log V.
         state: running statistics, from `loss.new_state()`; None: those of this call alone. Updated in training mode.
     Returns:
         PreferenceOutput. metrics: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies,
@@ -140,7 +143,7 @@ def preference_loss(
     Source:
         Each loss's docstring names its own.
     """
-    given = Given(ref_logps, token_weights, mask, targets, mismatched, stats or {}, token_kl)
+    given = Given(ref_logps, token_weights, mask, targets, mismatched, stats or {}, token_kl, vocab_size)
     return _preference_loss(logps, layout, loss, given, normalizer, impl, state)
 
 
@@ -182,7 +185,15 @@ def linear_preference_loss(
         hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
         ignore_index=ignore_index, outputs=(*outputs, *_row_outputs(loss)), impl=impl, workspace_bytes=workspace_bytes,
     )  # fmt: skip
-    given = Given(ref_logps, token_weights, labels != ignore_index, targets, mismatched, token_kl_N=token_kl)
+    given = Given(
+        ref_logps,
+        token_weights,
+        labels != ignore_index,
+        targets,
+        mismatched,
+        token_kl_N=token_kl,
+        vocab_size=weight.shape[0],
+    )
     return _from_token_logps(out, layout, loss, given, normalizer, tail_impl(impl), state)
 
 
@@ -223,7 +234,15 @@ def logits_preference_loss(
     Raises:
         As `logits_token_logps` and `preference_loss`.
     """
-    given = Given(ref_logps, token_weights, labels != ignore_index, targets, mismatched, token_kl_N=token_kl)
+    given = Given(
+        ref_logps,
+        token_weights,
+        labels != ignore_index,
+        targets,
+        mismatched,
+        token_kl_N=token_kl,
+        vocab_size=logits.shape[-1],
+    )
     eager = impl == "eager" or impl == "auto" and not uses_triton(logits.device, logits.dtype)
     if eager or not _fits_one_launch(loss, token_kl):
         out = logits_token_logps(
@@ -379,7 +398,7 @@ def _prepare(layout, loss, device, wide: torch.dtype, given: Given, state, logps
         if factor_N is not None:
             weights = factor_N if weights is None else weights * factor_N
         stats = {name: t.detach().to(wide) for name, t in given.stats.items()}
-        batch = Batch(layout, index, count_R, weights, target_R, mismatched_R, stats, state)
+        batch = Batch(layout, index, count_R, weights, target_R, mismatched_R, stats, state, given.vocab_size)
         if loss.needs_first_pass:
             sums = [reference.log_ratios(x.detach().to(wide), None, weights) if x is not None else None
                     for x in (logps, ref_logps)]  # fmt: skip

@@ -76,7 +76,8 @@ class Batch:
     target_R: Tensor | None = None  # what the data says of each response, see Loss.target_kind
     mismatched_R: Tensor | None = None  # log-ratio sums of other prompts' responses, where Loss.needs_mismatched
     stats: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) outputs of token_logps, see Loss.row_outputs
-    state: nn.Module | None = None  # see Loss.state
+    state: nn.Module | None = None  # see Loss.new_state
+    vocab_size: int | None = None  # V, where the caller said
     # The first pass, None unless Loss.needs_first_pass:
     logps_N: Tensor | None = None
     logp_R: Tensor | None = None  # weighted sums of log-probabilities
