@@ -6,7 +6,9 @@ score_K holds the scores of the group's K members and 0 where valid_K is false (
 target_K holds what each member should be (0 where the loss has no targets); margin is the group's scalar; p0..p5 are
 hyper-parameters, run-time values. value is a scalar; dscore_K = dvalue/dscore_K is exactly 0 at padding. All is fp32.
 
-A link runs inside the tail kernel (tail.py), which is compiled with it as a constant.
+A link runs inside the tail kernel (tail.py), which is compiled with it as a constant. Each file lists its links in
+LINKS, with the number of members that a group of theirs has (a common one where any will do): from there ahead-of-time
+compilation and its test take them.
 """
 
 import triton
@@ -14,6 +16,7 @@ import triton
 from . import pair_links, single_links
 
 _FILES = (pair_links, single_links)
+LINKS = tuple(entry for file in _FILES for entry in file.LINKS)  # (link, K)
 
 
 def find(link: str | triton.JITFunction) -> triton.JITFunction:

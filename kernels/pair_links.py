@@ -32,3 +32,9 @@ def squared(score_K, valid_K, target_K, margin, p0, p1, p2, p3, p4, p5):
     difference, sign_K = pair_difference(score_K)
     x = difference - margin
     return x * x, (2.0 * x) * sign_K
+
+
+LINKS = (
+    (logistic, 2),
+    (squared, 2),
+)

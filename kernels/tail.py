@@ -324,7 +324,7 @@ def tail_signature(absent: Sequence[str]) -> tuple[dict[str, str], dict[str, Non
 
 
 def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
-    """What to compile ahead of time: pairs, pairs of short segments, prefix sums over lists, and a bare evaluation."""
+    """What to compile ahead of time: every link, short segments, prefix sums over lists, and a bare evaluation."""
     if dtype != torch.float32:  # no argument of the kernel has another
         return []
 
@@ -335,7 +335,7 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
         return Specialization(f"tail {name}", tail_kernel, types, constexprs, num_warps=num_warps, num_stages=1)
 
     return [
-        one("pairs", links.logistic, False, 2, 1000, ["u_ptr"]),
+        *(one(f"link {link.__name__}", link, False, members, 1000, ["u_ptr"]) for link, members in links.LINKS),
         one("pairs short", links.logistic, False, 2, 1, ["u_ptr"]),
         one("lists prefix", links.squared, True, 64, 1000, []),
         one("single plain", links.negative, False, 1, 1000, [*OPTIONAL_POINTERS, "g_ptr", "u_ptr"]),

@@ -3,16 +3,19 @@
 Interpreted functions cannot be compiled, so each compilation runs in a fresh process that does not interpret.
 """
 
+import ast
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+from prefkern.kernels import links
 from prefkern.kernels.aot import DTYPES
 from prefkern.kernels.tuning import ARCHS
 
@@ -58,11 +61,23 @@ def test_defaults(arch, dtype, compiled):
     for kernel in ("row_softmax_forward", "row_softmax_backward", "lm_head_forward", "lm_head_dlogits"):
         assert {f"{kernel} plain", f"{kernel} full"} <= set(names)
     assert {"lm_head_combine", "fused_logits pairs plain", "fused_logits lists prefix full"} <= set(names)
-    assert ({"tail pairs", "tail lists prefix"} <= set(names)) == (dtype == "fp32")  # the tail knows no other
+    tails = {"tail pairs short", "tail lists prefix", *(f"tail link {link.__name__}" for link, _ in links.LINKS)}
+    assert {name for name in names if name.startswith("tail ")} >= (tails if dtype == "fp32" else set())
     assert {report["name"]: report["fault"] for report in reports if report["fault"]} == {}
     if dtype != "fp32":
         matmuls = [r for r in reports if r["name"].startswith(("lm_head_forward", "lm_head_dlogits"))]
         assert {r["matrix_instruction"] for r in matmuls} == {NEWEST[arch]}
+
+
+def test_every_link_is_listed():
+    listed = [link.__name__ for link, _ in links.LINKS]
+    written = [
+        node.name
+        for file in links._FILES
+        for node in ast.parse(Path(file.__file__).read_text()).body
+        if isinstance(node, ast.FunctionDef) and [a.arg for a in node.args.args][:2] == ["score_K", "valid_K"]
+    ]
+    assert written and sorted(listed) == sorted(written)
 
 
 PROBE = """
