@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from prefkern import losses  # noqa: E402 - the path above must be set first
+from prefkern import losses, policy_gradient  # noqa: E402 - the path above must be set first
 from prefkern.granularity import Adaptive, Boundaries, Static  # noqa: E402
 from prefkern.head import Head  # noqa: E402
 from prefkern.layout import Layout  # noqa: E402
@@ -28,6 +28,6 @@ from prefkern.token_logps import TokenLogpsOutput, logits_token_logps, token_log
 
 __all__ = [
     "Adaptive", "Boundaries", "Head", "Layout", "Packed", "PreferenceOutput", "Static", "TokenLogpsOutput", "explain",
-    "linear_preference_loss", "logits_preference_loss", "logits_token_logps", "losses", "pack", "preference_loss",
-    "token_logps",
+    "linear_preference_loss", "logits_preference_loss", "logits_token_logps", "losses", "pack", "policy_gradient",
+    "preference_loss", "token_logps",
 ]  # fmt: skip
