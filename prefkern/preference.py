@@ -169,6 +169,7 @@ def linear_preference_loss(
     mismatched: Tensor | None = None,
     token_kl: Tensor | None = None,
     state: nn.Module | None = None,
+    on_policy: bool = False,
 ) -> PreferenceOutput:
     """`preference_loss` of hidden states under a head, without the logits.
 
@@ -177,16 +178,20 @@ def linear_preference_loss(
             logit_scale, temperature, ignore_index, outputs, impl, workspace_bytes: as in `token_logps`.
         layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state: as in
             `preference_loss`. Rows with ignore_index count nowhere.
+        on_policy: in place of ref_logps, compare with the policy itself, held constant: every log-ratio is 0 and only
+            carries the gradient.
     Returns:
         PreferenceOutput; metrics as in `preference_loss`, and means over counted tokens of what `outputs` names:
         entropy (nats), mean_token_accuracy (of is_top1), logits/mean, lse.
     """
+    if on_policy and ref_logps is not None:
+        raise ValueError("on_policy=True makes the policy its own reference, but ref_logps were given; leave them out")
     out = token_logps(
         hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
         ignore_index=ignore_index, outputs=(*outputs, *_row_outputs(loss)), impl=impl, workspace_bytes=workspace_bytes,
     )  # fmt: skip
     given = Given(
-        ref_logps,
+        out.logps.detach() if on_policy else ref_logps,
         token_weights,
         labels != ignore_index,
         targets,
@@ -244,7 +249,7 @@ def logits_preference_loss(
         vocab_size=logits.shape[-1],
     )
     eager = impl == "eager" or impl == "auto" and not uses_triton(logits.device, logits.dtype)
-    if eager or not _fits_one_launch(loss, token_kl):
+    if eager or not _fits_one_launch(loss, token_kl, outputs):
         out = logits_token_logps(
             logits, labels, softcap, logit_scale, temperature, ignore_index, (*outputs, *_row_outputs(loss)),
             impl=impl, keep_logits=keep_logits,
@@ -323,9 +328,9 @@ def _row_outputs(loss: Loss) -> tuple[str, ...]:
     return tuple(name for part in loss.parts() for name in part.loss.row_outputs)
 
 
-def _fits_one_launch(loss: Loss, token_kl: Tensor | None) -> bool:
-    parts = loss.parts()
-    return len(parts) == 1 and not loss.needs_first_pass and not loss.row_outputs and token_kl is None
+def _fits_one_launch(loss: Loss, token_kl: Tensor | None, outputs: Collection[str]) -> bool:
+    simple = len(loss.parts()) == 1 and not loss.needs_first_pass and not loss.row_outputs
+    return simple and token_kl is None and "log_collision" not in outputs
 
 
 def _from_token_logps(out, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:

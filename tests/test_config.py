@@ -15,8 +15,8 @@ MINIMAL = {"model": {"name": "m"}, "data": {"train": "d"}, "loss": {"name": "aut
 def resolve(*overrides: str, base: dict = MINIMAL) -> Config:
     config = Config.from_dict(base, overrides)
     loss = resolve_loss(config.loss)
-    resolve_reference(config.reference.mode, loss)
-    return resolved(config, loss, resolve_trainer(config, loss.arity))
+    resolve_reference(config.reference, loss, adapters=config.model.lora is not None)
+    return resolved(config, loss, resolve_trainer(config, loss))
 
 
 def test_overrides_reach_every_depth():
@@ -43,7 +43,8 @@ def test_the_resolved_configuration_resolves_to_itself(tmp_path, overrides):
     path.write_text(config.to_yaml())
     again = load_config(path)
     assert again == config
-    assert resolved(again, resolve_loss(again.loss), resolve_trainer(again, "pair")) == config
+    loss = resolve_loss(again.loss)
+    assert resolved(again, loss, resolve_trainer(again, loss)) == config
     training_arguments(config.trainer, tmp_path)
 
 
@@ -66,7 +67,7 @@ def test_no_in_yaml_is_a_word_where_words_are_wanted():
     config = Config.from_dict(
         {**MINIMAL, "trainer": yaml.safe_load("{save_strategy: no, eval_strategy: no, bf16: no}")}
     )
-    options = resolve_trainer(config, "pair")
+    options = resolve_trainer(config, resolve_loss(config.loss))
     assert (options["save_strategy"], options["eval_strategy"], options["bf16"]) == ("no", "no", False)
 
 

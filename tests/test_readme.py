@@ -96,7 +96,7 @@ def test_yaml_blocks_are_configurations(text: str):
     least = {"model": {"name": "any"}, "data": {"train": "any.jsonl"}, "loss": {"name": "dpo"}}
     config = Config.from_dict({**least, **yaml.safe_load(text)})
     loss = resolve_loss(config.loss)
-    resolve_trainer(config, loss.arity)
+    resolve_trainer(config, loss)
 
 
 @pytest.mark.parametrize("line", command_lines())

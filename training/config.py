@@ -17,7 +17,16 @@ import yaml
 from prefkern.training.errors import ConfigError
 from prefkern.training.schema import build
 
-ReferenceMode = Literal["auto", "frozen", "precomputed", "none"]
+ReferenceMode = Literal[
+    "auto", "none", "frozen", "adapter_off", "precomputed", "on_policy", "ema", "periodic", "kl_triggered"
+]
+_REFERENCE_OPTIONS = {  # the mode that each option belongs to, and its value there unless set
+    "batch_size": ("precomputed", None),
+    "decay": ("ema", 0.99),
+    "every": ("periodic", 100),
+    "threshold": ("kl_triggered", 0.1),
+    "window": ("kl_triggered", 10),
+}
 
 
 @dataclass(frozen=True)
@@ -149,14 +158,55 @@ class ReferenceConfig:
     """The reference policy that a loss compares with.
 
     Fields:
-        mode: frozen (a copy of the model, or the same model with its adapters off), precomputed (log-probabilities
-            of the dataset computed once before training, and cached), none; auto is frozen where the loss needs a
-            reference and none elsewhere.
+        mode: auto is frozen where the loss needs a reference and none elsewhere.
+            none: no reference.
+            frozen: the policy as it starts: a copy of the model, or the same model with its adapters off.
+            adapter_off: the same model with its adapters off; an error without adapters.
+            precomputed: log-probabilities of the dataset under the frozen policy, computed once before training and
+                cached.
+            on_policy: the policy itself, held constant: every log-ratio is 0 and only carries the gradient.
+            ema: a moving average of the policy, anchor = decay * anchor + (1 - decay) * policy after every optimizer
+                step, kept in fp32 (at a decay near 1 a step is smaller than bfloat16 can tell).
+            periodic: a copy of the policy, taken again every `every` optimizer steps.
+            kl_triggered: a copy of the policy, taken again when the mean over the last `window` optimizer steps of
+                |log pi(y) - log anchor(y)|, in nats a response, is above `threshold`; the window is then emptied.
+            The last three begin as the policy begins and hold the parameters that train, nothing else; they are saved
+            with every checkpoint.
         batch_size: rows per step of the precomputation, trainer.per_device_eval_batch_size unless set.
+        decay: of ema, in [0, 1]; 0.99 unless set.
+        every: of periodic, optimizer steps; 100 unless set.
+        threshold, window: of kl_triggered, nats and optimizer steps; 0.1 and 10 unless set.
     """
 
     mode: ReferenceMode = "auto"
     batch_size: int | None = None
+    decay: float | None = None
+    every: int | None = None
+    threshold: float | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (mode, default) in _REFERENCE_OPTIONS.items():
+            value = getattr(self, name)
+            if mode == self.mode and value is None:
+                object.__setattr__(self, name, default)
+            elif mode != self.mode and value is not None:
+                raise ConfigError(
+                    f"reference.{name}={value} belongs to reference.mode={mode}, but the mode is {self.mode}: remove it"
+                )
+        for name in ("batch_size", "every", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"reference.{name}={value} should be at least 1")
+        if self.decay is not None and not 0 <= self.decay <= 1:
+            raise ConfigError(f"reference.decay={self.decay} should be between 0 and 1, for example 0.99")
+        if self.threshold is not None and not self.threshold >= 0:
+            raise ConfigError(f"reference.threshold={self.threshold} should be a number of nats, 0 or more")
+
+    @property
+    def moves(self) -> bool:
+        """Whether the reference follows the policy as it trains."""
+        return self.mode in ("ema", "periodic", "kl_triggered")
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,9 @@ def stage(name: str, settings: Settings, out: Path, data: dict[str, Path]) -> di
         "data": {"train": str(data["nll" if first else "pairs"])},
         "loss": {"name": "nll"} if first else {**METHODS[name], "beta": settings.beta},
         # They depend on the start model and the pairs alone: computed once, and used by both methods.
-        "reference": {"mode": "none" if first else "precomputed", "batch_size": settings.micro_batch // sequences},
+        "reference": {"mode": "none"}
+        if first
+        else {"mode": "precomputed", "batch_size": settings.micro_batch // sequences},
         "trainer": {
             "max_steps": steps,
             "learning_rate": settings.nll_learning_rate if first else settings.pair_learning_rate,

@@ -1,10 +1,13 @@
-"""The policy that a loss compares with: a frozen copy, the same model with its adapters off, or numbers made before."""
+"""The policy that a loss compares with: a frozen copy, the same model with its adapters off, or numbers made before.
+
+References that follow the policy are in `prefkern.training.anchors`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -16,25 +19,53 @@ from torch import Tensor, nn
 from prefkern.losses import Loss
 from prefkern.token_logps import token_logps
 from prefkern.training.collator import PackedCollator
-from prefkern.training.config import HeadConfig, ReferenceMode
+from prefkern.training.config import HeadConfig, ReferenceConfig, ReferenceMode
 from prefkern.training.data import RESPONSES
 from prefkern.training.errors import ConfigError
-from prefkern.training.model import base_model, head_options
+from prefkern.training.model import Tail, base_model, head_options
 
 
-def resolve_reference(mode: ReferenceMode, loss: Loss) -> ReferenceMode:
-    """The mode that "auto" stands for; the others are checked against the loss.
+def resolve_reference(
+    reference: ReferenceMode | ReferenceConfig, loss: Loss, *, adapters: bool = False, sharded: bool = False
+) -> ReferenceConfig:
+    """The reference with the mode that "auto" stands for, checked against the loss and the model.
 
+    Args:
+        reference: a mode with its default options, or a whole section.
+        loss: what compares with it.
+        adapters: whether the model has adapters.
+        sharded: whether FSDP or DeepSpeed splits the model.
     Raises:
-        ConfigError: a reference for a loss without one, or none for a loss that needs it.
+        ConfigError: the combination cannot train; the message says which mode can.
     """
+    config = ReferenceConfig(reference) if isinstance(reference, str) else reference
+    mode = config.mode
     if mode == "auto":
-        return "frozen" if loss.needs_reference else "none"
+        return ReferenceConfig("frozen" if loss.needs_reference else "none")
     if loss.needs_reference and mode == "none":
         raise ConfigError(f"loss {loss.name!r} compares with a reference: set reference.mode to frozen or precomputed")
     if not loss.needs_reference and mode != "none":
         raise ConfigError(f"loss {loss.name!r} uses no reference: remove reference.mode={mode!r}")
-    return mode
+    what = (
+        "the reference's whole distribution over the vocabulary" if loss.needs_token_kl
+        else "the reference's log-probabilities of mismatched pairs, made anew in every batch" if loss.needs_mismatched
+        else None
+    )  # fmt: skip
+    if what and mode == "precomputed":
+        raise ConfigError(f"loss {loss.name!r} needs {what}, which reference.mode=precomputed lacks: set it to frozen")
+    if what and mode == "on_policy":
+        raise ConfigError(
+            f"loss {loss.name!r} needs {what}, and with reference.mode=on_policy the policy would be compared with"
+            " itself: set it to frozen"
+        )
+    if mode == "adapter_off" and not adapters:
+        raise ConfigError("reference.mode=adapter_off needs adapters to switch off: set model.lora, or use frozen")
+    if config.moves and sharded:
+        raise ConfigError(
+            f"reference.mode={mode} keeps clones of whole parameters, which FSDP and DeepSpeed split: use frozen or"
+            " precomputed, or train without them"
+        )
+    return config
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -47,28 +78,46 @@ def frozen_copy(model: nn.Module) -> nn.Module | None:
     return None if has_adapters(model) else copy.deepcopy(model).requires_grad_(False).eval()
 
 
-@torch.no_grad()
 def reference_logps(
-    model: nn.Module, batch: dict[str, Any], options: dict[str, Any], forward: Callable | None = None
+    model: nn.Module, batch: Mapping[str, Any], options: Mapping[str, Any], forward: Callable | None = None
 ) -> Tensor:
     """Log-probabilities of a packed batch's response tokens under the reference.
 
     Args:
-        model: a frozen copy, or a policy with adapters, which are off during the call.
-        batch: as `PackedCollator` makes it, on the model's device.
+        model, batch, forward: as in `reference_outputs`.
         options: keywords of `token_logps` that describe the head.
-        forward: what to call in the model's place (the same model as its distributed engine wraps it).
     Returns:
         (N,) fp32, in nats.
     """
+    return reference_outputs(model, batch, logps_tail(batch["labels"], options), forward)
+
+
+def logps_tail(labels: Tensor, options: Mapping[str, Any]) -> Tail:
+    """The tail that makes log-probabilities of hidden states; `options` are keywords of `token_logps`."""
 
     def tail(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return token_logps(hidden, weight, batch["labels"], bias=bias, **options).logps
+        return token_logps(hidden, weight, labels, bias=bias, **options).logps
 
+    return tail
+
+
+@torch.no_grad()
+def reference_outputs(
+    model: nn.Module, batch: Mapping[str, Any], tail: Tail, forward: Callable | None = None, adapters: bool = False
+) -> Any:
+    """What `tail(hidden, weight, bias)` makes of the reference's hidden states of a packed batch.
+
+    Args:
+        model: a frozen copy, or a policy with adapters, which are off during the call. It takes no dropout.
+        batch: as `PackedCollator` makes it, on the model's device.
+        tail: called within the model's forward, without gradient.
+        forward: what to call in the model's place (the same model as its distributed engine wraps it).
+        adapters: leave adapters on.
+    """
     training = model.training
     model.eval()
     try:
-        with model.disable_adapter() if has_adapters(model) else contextlib.nullcontext():
+        with model.disable_adapter() if has_adapters(model) and not adapters else contextlib.nullcontext():
             return (forward or model)(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],

@@ -72,11 +72,12 @@ def describe_loss(loss: losses.Loss) -> dict[str, Any]:
     return section
 
 
-def resolve_trainer(config: Config, arity: str) -> dict[str, Any]:
+def resolve_trainer(config: Config, loss: losses.Loss) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments: the `trainer` section, checked, over our defaults.
 
-    Our defaults: learning_rate 1e-6 for preference losses, 2e-5 for nll, ten times that with adapters; logging every
-    10 steps to TensorBoard, never hiding a NaN; evaluation at the end of every epoch where there is data for it.
+    Our defaults: learning_rate 1e-6 for preference losses, 2e-5 for supervised ones (single responses of which the
+    data says nothing more), ten times that with adapters; logging every 10 steps to TensorBoard, never hiding a NaN;
+    evaluation at the end of every epoch where there is data for it.
 
     Raises:
         ConfigError: an option that TrainingArguments lacks, one that another section sets, or a wrong type.
@@ -91,9 +92,10 @@ def resolve_trainer(config: Config, arity: str) -> dict[str, Any]:
             raise ConfigError(f"trainer.{name} is not yours to set: {_OURS[name]}")
     given = {k: check_value(f"trainer.{k}", _yaml_no(v, hints[k]), hints[k]) for k, v in config.trainer.items()}
     data = config.data
+    supervised = loss.arity == "single" and loss.target_kind is None and not loss.needs_reference
     has_eval = any(x is not None for x in (data.eval, data.eval_split, data.eval_size))
     defaults = {
-        "learning_rate": (2e-5 if arity == "single" else 1e-6) * (10 if config.model.lora else 1),
+        "learning_rate": (2e-5 if supervised else 1e-6) * (10 if config.model.lora else 1),
         "num_train_epochs": 1,
         "logging_steps": 10,
         "logging_first_step": True,

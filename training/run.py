@@ -69,9 +69,10 @@ def run_training(config: Config) -> RunResult:
         UserError: configuration, data or model are at fault; the message says what to mend.
     """
     loss = resolve_loss(config.loss)
-    reference = resolve_reference(config.reference.mode, loss)
-    options = resolve_trainer(config, loss.arity)
+    options = resolve_trainer(config, loss)
     args = training_arguments(options, config.run.output)
+    sharded = bool(args.fsdp or args.deepspeed)
+    reference = resolve_reference(config.reference, loss, adapters=config.model.lora is not None, sharded=sharded)
     _check_head(config, args)
     output = Path(config.run.output)
     saved = resolved(config, loss, options)
@@ -81,7 +82,7 @@ def run_training(config: Config) -> RunResult:
     tokenizer = load_tokenizer(config.model)
     train, evaluation = _prepare(config, loss, tokenizer, args)
     model = load_model(config.model, None if args.fsdp or args.deepspeed else args.device)
-    if reference == "precomputed":
+    if reference.mode == "precomputed":
         train, evaluation = _precompute(config, loss, model, args, train, evaluation)
     trainer = PreferenceTrainer(
         model,

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prefkern.layout import Layout
 from prefkern.losses import Loss
 from prefkern.preference import PreferenceOutput, linear_preference_loss
+from prefkern.training.anchors import Anchor, make_anchor
 from prefkern.training.collator import PackedCollator
-from prefkern.training.config import HeadConfig, ReferenceMode
+from prefkern.training.config import HeadConfig, ReferenceConfig, ReferenceMode
+from prefkern.training.errors import ConfigError
 from prefkern.training.metrics import MetricWindow
-from prefkern.training.model import check_model, pack_forward
-from prefkern.training.reference import frozen_copy, head_arguments, reference_logps, resolve_reference
+from prefkern.training.model import Tail, check_model, pack_forward
+from prefkern.training.reference import (
+    frozen_copy,
+    has_adapters,
+    head_arguments,
+    logps_tail,
+    reference_outputs,
+    resolve_reference,
+)
 
 
 class PreferenceTrainer(Trainer):
@@ -28,9 +41,9 @@ class PreferenceTrainer(Trainer):
         model: a transformers causal language model, or peft's wrapper of one. Its `forward` is given two keywords.
         args: TrainingArguments; `remove_unused_columns` is ignored.
         loss: a loss of `prefkern.losses`.
-        reference: "frozen" copies the model now, or uses it with its adapters off; "precomputed" expects columns
-            `ref_<response>_logps` (see `add_reference_logps`); "none"; "auto" is frozen where the loss needs one.
-        reference_model: a model to compare with, in place of a copy.
+        reference: a mode, or a `ReferenceConfig` with its options. "frozen" copies the model now, or uses it with its
+            adapters off; "precomputed" expects columns `ref_<response>_logps` (see `add_reference_logps`).
+        reference_model: a model to compare with, in place of a frozen copy.
         head: how the output head is run.
         train_dataset, eval_dataset: rows as `prepare_dataset` makes them.
         others: as in transformers.Trainer.
@@ -45,19 +58,23 @@ class PreferenceTrainer(Trainer):
         args: TrainingArguments,
         *,
         loss: Loss,
-        reference: ReferenceMode = "auto",
+        reference: ReferenceMode | ReferenceConfig = "auto",
         reference_model: nn.Module | None = None,
         head: HeadConfig | None = None,
         data_collator: PackedCollator | None = None,
         **others: Any,
     ) -> None:
         self.loss = loss
-        self.reference = resolve_reference(reference, loss)
+        sharded = bool(args.fsdp or args.deepspeed)
+        config = resolve_reference(reference, loss, adapters=has_adapters(model), sharded=sharded)
+        self.reference = config.mode
+        if reference_model is not None and self.reference != "frozen":
+            raise ConfigError(f"a reference_model was given, but reference.mode={self.reference!r}: set it to frozen")
         args.remove_unused_columns = False
         args._n_gpu = min(args.n_gpu, 1)  # a packed batch is one sequence: DataParallel could not split it
         collator = data_collator or PackedCollator(loss.arity, getattr(loss, "accumulate", "segment"))
         pack_forward(model)
-        if not (args.fsdp or args.deepspeed):
+        if not sharded:
             check_model(model)
         super().__init__(model, args, data_collator=collator, **others)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch: do not divide again
@@ -66,6 +83,11 @@ class PreferenceTrainer(Trainer):
         head = head or HeadConfig()
         self._head = self._reference_head = head_arguments(model, head)
         self._reference_model = None
+        self._anchor = make_anchor(config, self.accelerator.unwrap_model(self.model))
+        self.loss_state = loss.new_state()
+        if self.loss_state is not None:
+            self.loss_state.to(args.device)
+        self.add_callback(_AfterStep(self))
         if self.reference == "frozen":
             if reference_model is None:
                 frozen = frozen_copy(model)
@@ -99,6 +121,7 @@ class PreferenceTrainer(Trainer):
                 ref_logps=ref_logps,
                 normalizer=num_items_in_batch,
                 bias=bias,
+                on_policy=self.reference == "on_policy",
                 **self._head,
             )
 
@@ -111,6 +134,8 @@ class PreferenceTrainer(Trainer):
         )
         layout = inputs["layout"]
         if model.training:
+            if self._anchor is not None:
+                self._anchor.observe(out.logps, ref_logps, layout)
             self._train_window.add(out.metrics, layout.num_prompts, layout.num_tokens)
         else:
             self._eval_window.add(out.metrics, layout.num_prompts, layout.num_tokens)
@@ -118,13 +143,21 @@ class PreferenceTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        if self.reference == "none":
+        """(N,) log-probabilities of a packed batch under the reference; None where there is none to compute."""
+        if self.reference in ("none", "on_policy"):
             return None
         if self.reference == "precomputed":
             return inputs["ref_logps"]
+        return self._reference_outputs(model, inputs, logps_tail(inputs["labels"], self._reference_head))
+
+    def _reference_outputs(self, model: nn.Module, inputs: dict[str, Any], tail: Tail) -> Any:
+        """What `tail(hidden, weight, bias)` makes of a packed batch under the reference, without gradient."""
         if self._reference_model is not None:
-            return reference_logps(self._reference_model, inputs, self._reference_head)
-        return reference_logps(self.accelerator.unwrap_model(model), inputs, self._head, forward=model)
+            return reference_outputs(self._reference_model, inputs, tail)
+        policy = self.accelerator.unwrap_model(model)
+        if self._anchor is not None:
+            return reference_outputs(policy, inputs, tail, partial(self._anchor.call, policy), adapters=True)
+        return reference_outputs(policy, inputs, tail, forward=model)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | float | None:
         """What the loss is divided by: prompts or tokens, as the loss counts, of all micro-batches of all processes."""
@@ -142,6 +175,7 @@ class PreferenceTrainer(Trainer):
         """As Trainer.log, with the metrics averaged since the last training log."""
         if "loss" in logs:
             logs |= self._train_window.flush(self._add_up)
+            logs |= {} if self._anchor is None else self._anchor.metrics()
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -169,3 +203,48 @@ class PreferenceTrainer(Trainer):
 
     def _add_up(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer.save_model, with the loss's running state beside the weights, and in checkpoints the anchor.
+
+        A checkpoint's `trainer_state.json` is written after this, so one cut short here is seen to be cut short.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            for name, part in self._saved_parts():
+                if _internal_call or part is self.loss_state:
+                    tensors = {key: t.detach().cpu().contiguous() for key, t in part.state_dict().items()}
+                    save_file(tensors, Path(output_dir or self.args.output_dir) / f"{name}.safetensors")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in Trainer, with what `save_model` saved beside the weights."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for name, part in self._saved_parts() if checkpoint is not None else ():
+            path = Path(checkpoint) / f"{name}.safetensors"
+            if not path.exists():
+                raise ConfigError(
+                    f"{str(path)!r} is missing, so the run cannot go on as it was: start from an older checkpoint"
+                )
+            part.load_state_dict(load_file(path))
+
+    def _saved_parts(self) -> Iterator[tuple[str, Anchor | nn.Module]]:
+        """What is saved beside the weights, each under a file name."""
+        if self._anchor is not None:
+            yield "reference", self._anchor
+        if self.loss_state is not None and self.loss_state.state_dict():
+            yield "loss_state", self.loss_state
+
+    def _after_step(self) -> None:
+        """After an optimizer step, before its checkpoint."""
+        if self._anchor is not None:
+            self._anchor.step(self.accelerator.unwrap_model(self.model), self.state.global_step, self._add_up)
+
+
+class _AfterStep(TrainerCallback):
+    """Calls the trainer back after every optimizer step, before logs, evaluation and checkpoint."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._after_step()
