@@ -3,9 +3,11 @@
 import pytest
 import yaml
 
+from prefkern import checks, losses
 from prefkern.granularity import Adaptive, Boundaries, Static
 from prefkern.training.config import Config, LoraConfig, load_config
 from prefkern.training.errors import ConfigError
+from prefkern.training.fields import describe_loss
 from prefkern.training.reference import resolve_reference
 from prefkern.training.resolve import resolve_loss, resolve_trainer, resolved, training_arguments
 
@@ -50,10 +52,18 @@ def test_the_resolved_configuration_resolves_to_itself(tmp_path, overrides):
 
 @pytest.mark.parametrize("given, expected", [
     ("{static: 3}", Static(3)), ("{adaptive: 4}", Adaptive(4)), ("{adaptive: {m: 4, rule: B}}", Adaptive(4, "B")),
-    ("boundaries", Boundaries()), ("null", None),
+    ("boundaries", Boundaries()), ("boundaries: [[1, 2], []]", Boundaries(((1, 2), ()))), ("null", None),
 ])  # fmt: skip
 def test_granularity(given, expected):
     assert resolve_loss({"name": "autoregressive_dpo", "granularity": yaml.safe_load(given)}).granularity == expected
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_every_loss_is_written_and_read_back(name):
+    for loss in checks.instances(name):
+        section = yaml.safe_load(yaml.safe_dump(describe_loss(loss)))
+        assert resolve_loss(section) == loss
+        assert section.keys() == {"name", *losses.options(name)}, "every field is spelled out"
 
 
 def test_output_is_named_after_the_file(tmp_path):
@@ -93,7 +103,13 @@ def test_no_in_yaml_is_a_word_where_words_are_wanted():
     ("loss.beta=x", "loss.beta='x' should be a number, not text"),
     ("loss.beta=-1", "autoregressive_dpo: beta=-1 must be a number in (0, 100]"),
     ("loss.granularity={adaptiv: 3}", "unknown loss.granularity 'adaptiv': did you mean 'adaptive'?"),
-    ("loss.granularity={adaptive: 3, static: 2}", "should name exactly one way to cut"),
+    ("loss.granularity={adaptive: 3, static: 2}",
+     "should name exactly one of its kinds: write {static: k}, {adaptive: m}, boundaries or null"),
+    ("loss.granularity=static", "loss.granularity.static.k is missing: write {static: k}, {adaptive: m}, boundaries"),
+    ("loss.granularity.adaptive={n: 3}", "unknown key 'loss.granularity.adaptive.n': "),
+    ("loss.granularity.adaptive={m: 3, rule: C}", "loss.granularity.adaptive.rule='C' should be 'A' or 'B', not text"),
+    ("loss.granularity.static=x", "loss.granularity.static.k='x' should be a whole number, not text"),
+    ("loss.granularity=3", "loss.granularity=3 should name exactly one of its kinds"),
     ("loss.granularity.adaptive=0", "m=0 must be an integer of at least 1"),
     ("reference.mode=none", "compares with a reference: set reference.mode to frozen or precomputed"),
     ("loss.beta", "'loss.beta' is not an override: write section.key=value"),

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from prefkern import losses
-from prefkern.granularity import Adaptive, Boundaries, Static
+from prefkern.granularity import Boundaries
 from prefkern.training.config import Config
-from prefkern.training.errors import ConfigError, nearest
+from prefkern.training.errors import ConfigError
+from prefkern.training.fields import describe_loss, read_loss
 from prefkern.training.schema import check_names, check_value
 
-_GRANULARITIES = {"static": (Static, "k"), "adaptive": (Adaptive, "m"), "boundaries": (Boundaries, None)}
 _OURS = {
     "output_dir": "use run.output",
     "resume_from_checkpoint": "use run.resume",
@@ -28,29 +28,13 @@ _OURS = {
 
 
 def resolve_loss(section: Mapping[str, Any]) -> losses.Loss:
-    """The loss that a `loss` section describes: its name and the fields of its dataclass.
-
-    `granularity` is written {static: k}, {adaptive: m}, {adaptive: {m: 4, rule: B}}, "boundaries" (cuts from the
-    dataset's columns) or null.
+    """The loss that a `loss` section describes: its name and its fields, written as `prefkern.training.fields` says.
 
     Raises:
         ConfigError: unknown name or option, a value of the wrong type or out of range.
     """
-    given = dict(section)
-    name = given.pop("name", None)
-    if name is None:
-        raise ConfigError(f"loss.name is missing: choose one of {', '.join(losses.names())}")
-    if name not in losses.names():
-        raise ConfigError(f"unknown loss.name={name!r}: {nearest(str(name), losses.names())}")
-    cls = losses.loss_class(name)
-    hints = typing.get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls) if f.init]
-    check_names(given, [*fields, "name"], "loss")
     try:
-        if "granularity" in given:
-            given["granularity"] = _granularity(given["granularity"])
-        options = {k: v if k == "granularity" else check_value(f"loss.{k}", v, hints[k]) for k, v in given.items()}
-        return losses.get(name, **options)
+        return read_loss(section, "loss")
     except ConfigError:
         raise
     except ValueError as error:
@@ -61,15 +45,6 @@ def cuts_from_data(loss: losses.Loss) -> bool:
     """Whether the loss takes its segments from the dataset's `<response>_boundaries` columns."""
     granularity = getattr(loss, "granularity", None)
     return isinstance(granularity, Boundaries) and granularity.cuts is None
-
-
-def describe_loss(loss: losses.Loss) -> dict[str, Any]:
-    """The `loss` section that `resolve_loss` turns into this loss, every field spelled out."""
-    section: dict[str, Any] = {"name": loss.name}
-    for f in dataclasses.fields(loss):
-        value = getattr(loss, f.name)
-        section[f.name] = _describe_granularity(value) if f.name == "granularity" else value
-    return section
 
 
 def resolve_trainer(config: Config, loss: losses.Loss) -> dict[str, Any]:
@@ -145,35 +120,6 @@ def _flat(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {key: value}
     return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}").items()}
-
-
-def _granularity(given: Any):
-    if given is None or isinstance(given, Static | Adaptive | Boundaries):
-        return given
-    if isinstance(given, str):
-        given = {given: None}
-    how = "write {static: 16}, {adaptive: 256}, boundaries or null"
-    if not isinstance(given, Mapping) or len(given) != 1:
-        raise ConfigError(f"loss.granularity={given!r} should name exactly one way to cut: {how}")
-    [(kind, options)] = given.items()
-    if kind not in _GRANULARITIES:
-        raise ConfigError(f"unknown loss.granularity {kind!r}: {nearest(str(kind), _GRANULARITIES)}")
-    cls, main = _GRANULARITIES[kind]
-    if main is None:
-        return cls()
-    options = dict(options) if isinstance(options, Mapping) else {main: options}
-    check_names(options, [f.name for f in dataclasses.fields(cls)], f"loss.granularity.{kind}")
-    if main not in options:
-        raise ConfigError(f"loss.granularity.{kind}.{main} is missing: {how}")
-    return cls(**options)
-
-
-def _describe_granularity(value) -> Any:
-    for kind, (cls, main) in _GRANULARITIES.items():
-        if isinstance(value, cls):
-            options = dataclasses.asdict(value)
-            return kind if main is None else {kind: options if len(options) > 1 else options[main]}
-    return None
 
 
 def _yaml_no(value: Any, hint: Any) -> Any:

@@ -69,6 +69,11 @@ def check_names(given: Mapping, known: typing.Iterable[str], key: str) -> None:
             raise ConfigError(f"unknown key '{prefix}{name}': {nearest(str(name), known)}")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, or text that YAML should have read as one."""
+    return _number(value)[0]
+
+
 def _options(hint: Any) -> tuple:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
@@ -87,7 +92,7 @@ def _convert(key: str, value: Any, hint: Any) -> tuple[bool, Any]:
         if not isinstance(value, list | tuple):
             return False, None
         inner = (typing.get_args(hint) or (Any,))[0]
-        return True, [check_value(f"{key}[{i}]", v, inner) for i, v in enumerate(value)]
+        return True, origin(check_value(f"{key}[{i}]", v, inner) for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             return False, None
