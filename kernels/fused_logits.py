@@ -55,7 +55,7 @@ def fused_logits_forward_kernel(
     is_rows = pid < row_programs
     if is_rows:
         row_softmax_forward_kernel(
-            logits_ptr, bias_ptr, labels_ptr, logps_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr,
+            logits_ptr, bias_ptr, labels_ptr, logps_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr, None,
             stride_ln, stride_lv, N, V, ignore_index, in_scale, out_scale, HAS_SOFTCAP, BLOCK_N, BLOCK_V,
         )  # fmt: skip
         if g_ptr is not None:  # for rows that lie in no segment; those that do are written again by their chain

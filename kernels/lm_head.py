@@ -251,7 +251,7 @@ def lm_head_forward(
         )  # fmt: skip
         block_n = _COMBINE_ROWS
         lm_head_combine_kernel[(triton.cdiv(N, block_n),)](
-            *parts, labels_N, *stats, N, V, splits, head.ignore_index, BLOCK_N=block_n, num_warps=4
+            *parts, labels_N, *stats[:5], N, V, splits, head.ignore_index, BLOCK_N=block_n, num_warps=4
         )
 
     bare = head.softcap is None and not want_entropy and not want_mean

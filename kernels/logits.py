@@ -81,6 +81,18 @@ def online_update(z, max_n, sum_n, dot_n, WANT_ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def online_collision(z, old_max_n, max_n, square_n):
+    """Fold a tile z into square_n = sum exp(2 (z - m)); max_n is the running maximum with the tile, old_max_n without.
+
+    At the end log sum_v p_v^2 = log(square_n) - 2 log(sum_n).
+    """
+    finite_max_n = tl.where(max_n == float("-inf"), 0.0, max_n)
+    e = tl.exp(z - finite_max_n[:, None])
+    decay_n = tl.exp(old_max_n - finite_max_n)
+    return decay_n * decay_n * square_n + tl.sum(e * e, axis=1)
+
+
+@triton.jit
 def label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, HAS_ENTROPY: tl.constexpr):
     """dL/dz of a tile: grad_logp (onehot - p) - grad_entropy p (log p + entropy), p = exp(z - lse).
 

@@ -1,7 +1,7 @@
 """Log-probability of each row's label and more row statistics from stored logits, in one read; the gradient in place.
 
     forward    z = transform(logits + bias);  lse = logsumexp_v z;  logp = z[label] - lse;
-               entropy = lse - sum_v p_v z_v;  p = exp(z - lse)
+               entropy = lse - sum_v p_v z_v;  log_collision = log sum_v p_v^2;  p = exp(z - lse)
     backward   dlogits = s (g (onehot - p) - h p (log p + entropy)) dz/dz0,    g = dL/dlogp, h = dL/dentropy
 
 Bytes: forward reads the logits once, backward reads them once and writes their gradient once. All maths and all row
@@ -16,7 +16,15 @@ from torch import Tensor
 
 from prefkern.head import Head, RowStats
 
-from .logits import label_column, label_logp_grad, online_update, transform, transform_args, transform_grad
+from .logits import (
+    label_column,
+    label_logp_grad,
+    online_collision,
+    online_update,
+    transform,
+    transform_args,
+    transform_grad,
+)
 from .tuning import TYPE_NAMES, Arch, RowConfig, Specialization, arch_of, choose, on_its_device, row_config
 
 
@@ -56,7 +64,7 @@ def finish_stats(
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def row_softmax_forward_kernel(
     logits_ptr, bias_ptr, labels_ptr,  # in: (N, V), (V,) or None, (N,)
-    logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr,  # out: (N,) each, the last three or None
+    logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr, collision_ptr,  # out: (N,) each, the last four or None
     stride_ln, stride_lv,
     N, V, ignore_index,
     in_scale, out_scale,
@@ -66,6 +74,7 @@ def row_softmax_forward_kernel(
     """Grid (cdiv(N, BLOCK_N),): one program walks BLOCK_N rows from the first column to the last."""
     WANT_ENTROPY: tl.constexpr = entropy_ptr is not None
     WANT_MEAN: tl.constexpr = mean_ptr is not None
+    WANT_COLLISION: tl.constexpr = collision_ptr is not None
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     rows = tl.minimum(offs_n, N - 1).to(tl.int64)  # rows past the end repeat the last one: no mask, no log of 0
@@ -77,6 +86,7 @@ def row_softmax_forward_kernel(
     sum_n = tl.zeros([BLOCK_N], tl.float32)
     dot_n = tl.zeros([BLOCK_N], tl.float32)
     total_n = tl.zeros([BLOCK_N], tl.float32)
+    square_n = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tile_offs
         mask = (offs_v < V)[None, :]
@@ -85,7 +95,10 @@ def row_softmax_forward_kernel(
         if WANT_MEAN:
             total_n += tl.sum(tl.where(mask, z, 0.0), axis=1)
         z = tl.where(mask, z, float("-inf"))
+        old_max_n = max_n
         max_n, sum_n, dot_n = online_update(z, max_n, sum_n, dot_n, WANT_ENTROPY)
+        if WANT_COLLISION:
+            square_n = online_collision(z, old_max_n, max_n, square_n)
 
     # One gather per row instead of a comparison per logit.
     label_n = tl.load(labels_ptr + rows)
@@ -98,6 +111,9 @@ def row_softmax_forward_kernel(
         logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr,
         offs_n, mask_n, label_n, z_label_n, max_n, sum_n, dot_n, total_n, V, ignore_index,
     )  # fmt: skip
+    if WANT_COLLISION:
+        log_collision_n = tl.log(square_n) - 2.0 * tl.log(sum_n)
+        tl.store(collision_ptr + offs_n, tl.where(label_n != ignore_index, log_collision_n, 0.0), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
@@ -149,13 +165,16 @@ def row_softmax_backward_kernel(
         tl.store(store_ptrs, dz0.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def empty_stats(N: int, device: torch.device, want_entropy: bool, want_top1: bool, want_mean: bool) -> RowStats:
+def empty_stats(
+    N: int, device: torch.device, want_entropy: bool, want_top1: bool, want_mean: bool, want_collision: bool = False
+) -> RowStats:
     """Fresh outputs for N rows; None where not wanted."""
 
     def fresh(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return torch.empty(N, dtype=dtype, device=device) if wanted else None
 
-    return RowStats(fresh(True), fresh(True), fresh(want_entropy), fresh(want_top1, torch.bool), fresh(want_mean))
+    top1 = fresh(want_top1, torch.bool)
+    return RowStats(fresh(True), fresh(True), fresh(want_entropy), top1, fresh(want_mean), fresh(want_collision))
 
 
 @on_its_device
@@ -168,6 +187,7 @@ def row_softmax_forward(
     want_entropy: bool = False,
     want_top1: bool = False,
     want_mean: bool = False,
+    want_collision: bool = False,
 ) -> RowStats:
     """Row statistics of stored raw logits.
 
@@ -177,13 +197,13 @@ def row_softmax_forward(
             host would cost a synchronisation.
         head: the transform from raw logits to those of the softmax.
         bias_V: (V,), added to the raw logits.
-        want_entropy, want_top1, want_mean: which optional statistics to compute.
+        want_entropy, want_top1, want_mean, want_collision: which optional statistics to compute.
     Returns:
         RowStats of fresh (N,) tensors; ignored rows hold 0 and False.
     """
     N, V = logits_NV.shape
     assert labels_N.shape == (N,) and V > 0
-    stats = empty_stats(N, logits_NV.device, want_entropy, want_top1, want_mean)
+    stats = empty_stats(N, logits_NV.device, want_entropy, want_top1, want_mean, want_collision)
     if N == 0:
         return stats
     labels_N = labels_N.contiguous()
@@ -269,7 +289,7 @@ def _specializations(V: int, suffix: str, arch: Arch, dtype: torch.dtype) -> lis
     common = {"labels_ptr": "*i64", "lse_ptr": f, "stride_ln": "i32", "N": "i32", "V": "i32", "ignore_index": "i32"}
     common |= {"logits_ptr": x, "in_scale": "fp32", "out_scale": "fp32"}
     fixed = {"stride_lv": 1, "BLOCK_N": config.block_n, "BLOCK_V": config.block_v}
-    forward = {"bias_ptr": x, "entropy_ptr": f, "top1_ptr": "*i1", "mean_ptr": f}
+    forward = {"bias_ptr": x, "entropy_ptr": f, "top1_ptr": "*i1", "mean_ptr": f, "collision_ptr": f}
     backward = {"bias_ptr": x, "entropy_ptr": f, "grad_entropy_ptr": f, "grad_scale_ptr": f}
 
     def both(name, kernel, required, optional, fixed):

@@ -44,7 +44,8 @@ class RowStats(NamedTuple):
 
     `logps` and `lse` are always there, the others only when asked for. Ignored rows hold 0
     (False in is_top1). `lse` and `mean_logit` speak of the transformed logits z; `entropy` is
-    `lse - sum_v p_v z_v`, in nats; `is_top1` says that no logit is greater than the label's.
+    `lse - sum_v p_v z_v`, in nats; `is_top1` says that no logit is greater than the label's; `log_collision` is
+    `log sum_v p_v^2`, in nats.
     """
 
     logps: Tensor
@@ -52,3 +53,4 @@ class RowStats(NamedTuple):
     entropy: Tensor | None = None
     is_top1: Tensor | None = None
     mean_logit: Tensor | None = None
+    log_collision: Tensor | None = None

@@ -40,6 +40,7 @@ def rows_from_logits(raw_NV: Tensor, labels_N: Tensor, head: Head, want: tuple[s
         entropy=keep(-plogp.sum(-1)) if "entropy" in want else None,
         is_top1=(best & valid).detach() if "is_top1" in want else None,
         mean_logit=keep(z.mean(-1)).detach() if "mean_logit" in want else None,
+        log_collision=keep(torch.logsumexp(2 * log_p, -1)).detach() if "log_collision" in want else None,
     )
 
 

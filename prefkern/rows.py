@@ -30,6 +30,7 @@ def row_softmax_forward(
     want_entropy: bool = False,
     want_top1: bool = False,
     want_mean: bool = False,
+    want_collision: bool = False,
     gradient: bool = False,
 ) -> RowStats:
     """Row statistics of raw logits.
@@ -50,7 +51,8 @@ def row_softmax_forward(
     def fresh(wanted: bool, kind: torch.dtype = dtype) -> Tensor | None:
         return logits_NV.new_empty(rows, dtype=kind) if wanted else None
 
-    stats = RowStats(fresh(True), fresh(True), fresh(want_entropy), fresh(want_top1, torch.bool), fresh(want_mean))
+    top1 = fresh(want_top1, torch.bool)
+    stats = RowStats(fresh(True), fresh(True), fresh(want_entropy), top1, fresh(want_mean), fresh(want_collision))
     for piece in _pieces(rows, vocab):
         _forward_piece(
             logits_NV[piece], labels_N[piece], head, bias_V, gradient, [s if s is None else s[piece] for s in stats]
@@ -64,7 +66,7 @@ def row_softmax_forward(
 
 
 def _forward_piece(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | None, gradient: bool, out: list) -> None:
-    logps, lse, entropy, is_top1, mean_logit = out
+    logps, lse, entropy, is_top1, mean_logit, log_collision = out
     z = _transform(logits, head, bias)
     label = labels.clamp(0, z.shape[1] - 1)[:, None]
     z_label, top = z.gather(1, label), z.amax(1, keepdim=True)
@@ -76,6 +78,9 @@ def _forward_piece(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | No
     log_total = p.amax(1, keepdim=True).log_().neg_()  # the largest p is 1 / sum exp(z - top), and never underflows
     torch.add(top, log_total, out=lse[:, None])
     torch.sub(z_label - top, log_total, out=logps[:, None])
+    if log_collision is not None:
+        # The sum of p is 1 but for the normaliser's rounding, which the second term takes back.
+        torch.sub(p.square().sum(1).log_(), p.sum(1).log_(), alpha=2, out=log_collision)
     slope = _slope(z, head) if gradient else None
     if entropy is not None:
         torch.sub(log_total[:, 0], z.sub_(top).clamp_(min=-1e30).mul_(p).sum(1), out=entropy)

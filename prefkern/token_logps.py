@@ -15,8 +15,14 @@ from prefkern import rows as torch_rows
 from prefkern.head import IGNORE_INDEX, Head, RowStats
 from prefkern.planner import Plan, plan, require_triton
 
-OUTPUTS = ("entropy", "is_top1", "mean_logit", "lse")
-_WANT = {"entropy": "want_entropy", "is_top1": "want_top1", "mean_logit": "want_mean"}
+OUTPUTS = ("entropy", "is_top1", "mean_logit", "lse", "log_collision")
+# Keywords of the row functions. The cut body and the one-launch kernel of logits do not know want_collision.
+_WANT = {
+    "entropy": "want_entropy",
+    "is_top1": "want_top1",
+    "mean_logit": "want_mean",
+    "log_collision": "want_collision",
+}
 
 
 class TokenLogpsOutput(NamedTuple):
@@ -30,6 +36,7 @@ class TokenLogpsOutput(NamedTuple):
     is_top1: Tensor | None = None  # bool: no logit is greater than the label's
     mean_logit: Tensor | None = None  # fp32: mean over the vocabulary of the transformed logits
     lse: Tensor | None = None  # fp32, nats: log-sum-exp of the transformed logits
+    log_collision: Tensor | None = None  # fp32, nats: log sum_v p_v^2, the log-probability that two samples agree
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class _Call:
     @property
     def flags(self) -> dict[str, bool]:
         """The wanted outputs as keyword arguments of the row functions."""
-        return {flag: name in self.want for name, flag in _WANT.items()}
+        return {flag: True for name, flag in _WANT.items() if name in self.want}
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def token_logps(
         labels: (N,) or (B, T), int64 in [0, V), or ignore_index: such a row yields 0 and gets no gradient.
         bias: (V,), or None.
         softcap: positive, or None. logit_scale, temperature: see the formula.
-        outputs: any of "entropy", "is_top1", "mean_logit", "lse".
+        outputs: any of "entropy", "is_top1", "mean_logit", "lse", "log_collision" (not with impl="cut").
         impl: "auto", "chunked" (library products), "cut" (Triton, no logits in memory) or "eager" (plain torch).
         workspace_bytes: bytes that a block of logits may take; None: `prefkern.planner.default_workspace`. At least
             one row (in backward one vocabulary entry) is taken at a time, whatever this says.
@@ -98,8 +105,8 @@ def token_logps(
         and 5e-4 at logits of 1e4.
         Second derivatives raise RuntimeError except with impl="eager".
     Raises:
-        ValueError: shapes, dtypes or devices disagree; an unknown output or impl; on a CPU, a label outside [0, V).
-            (On a GPU such a label yields NaN: looking would stop the host.)
+        ValueError: shapes, dtypes or devices disagree; an unknown output or impl, or an output that the impl lacks;
+            on a CPU, a label outside [0, V). (On a GPU such a label yields NaN: looking would stop the host.)
         RuntimeError: impl="cut" where Triton cannot run.
     Source:
         Online log-sum-exp: Milakov & Gimelshein 2018, arXiv:1805.02867. Matmul without stored logits: Wijmans et al.
@@ -110,6 +117,8 @@ def token_logps(
     _check(hidden, weight, bias, labels)
     check_labels(labels, weight.shape[0], ignore_index)
     shape, hidden, labels = labels.shape, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if impl == "cut" and "log_collision" in want:
+        raise ValueError("impl='cut' has no output 'log_collision': use impl='auto' or 'chunked'")
     grad = torch.is_grad_enabled()
     chosen = plan(
         (hidden.shape[0], hidden.shape[1], weight.shape[0]), hidden.dtype, hidden.device,
@@ -271,7 +280,8 @@ def first_order_only(grads: tuple, inputs: tuple) -> tuple:
 
 def _mark(ctx, stats: RowStats) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*[s for s in (stats.lse, stats.is_top1, stats.mean_logit) if s is not None])
+    constant = (stats.lse, stats.is_top1, stats.mean_logit, stats.log_collision)
+    ctx.mark_non_differentiable(*[s for s in constant if s is not None])
 
 
 def _output(stats: RowStats, want: tuple[str, ...], shape: torch.Size) -> TokenLogpsOutput:

@@ -43,10 +43,16 @@ def row_stats(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | None = 
     logp = z.log_softmax(-1)
     label = labels.clamp(0, z.shape[-1] - 1)[:, None]
     plogp = (logp.exp() * logp.masked_fill(logp.isneginf(), 0.0)).sum(-1)
-    values = (logp.gather(-1, label)[:, 0], z.logsumexp(-1), -plogp, z.mean(-1))
-    logps, lse, entropy, mean_logit = (torch.where(kept, x, 0.0) for x in values)
+    values = (
+        logp.gather(-1, label)[:, 0],
+        z.logsumexp(-1),
+        -plogp,
+        z.mean(-1),
+        (2 * z).logsumexp(-1) - 2 * z.logsumexp(-1),
+    )
+    logps, lse, entropy, mean_logit, log_collision = (torch.where(kept, x, 0.0) for x in values)
     is_top1 = kept & (z.gather(-1, label)[:, 0] >= z.amax(-1))
-    return RowStats(logps, lse, entropy, is_top1, mean_logit)
+    return RowStats(logps, lse, entropy, is_top1, mean_logit, log_collision)
 
 
 def poison(monkeypatch) -> None:

@@ -78,7 +78,7 @@ def test_forward(N, D, V, head, dtype):
 def test_forward_computes_only_what_is_wanted():
     hidden, weight, _, labels, *_ = make(5, 16, 300)
     bare, full = (lm_head_forward(hidden, weight, labels, PLAIN, **want) for want in ({}, WANT))
-    assert bare[2:] == (None, None, None)
+    assert set(bare[2:]) == {None}
     assert torch.equal(bare.logps, full.logps) and torch.equal(bare.lse, full.lse)
 
 
@@ -128,7 +128,7 @@ def test_each_gradient_alone_equals_the_joint_one(needs):
 def test_an_all_ignored_batch_is_zero():
     *tensors, labels, grad_logps, grad_entropy = make(6, 16, 40)
     labels.fill_(PLAIN.ignore_index)
-    assert not any(t.any() for t in lm_head_forward(*tensors[:2], labels, PLAIN, **WANT))
+    assert not any(t.any() for t in lm_head_forward(*tensors[:2], labels, PLAIN, **WANT)[:5])
     assert not any(g.any() for g in backward(*tensors, labels, PLAIN, (grad_logps, grad_entropy)))
 
 
@@ -156,7 +156,7 @@ def test_strided_inputs(view, which):
     strided = [VIEWS[view](hidden), weight] if which == "hidden" else [hidden, VIEWS[view](weight)]
     plain = [t.contiguous() for t in strided]
     stats, expected = (lm_head_forward(*x, labels, PLAIN, bias_V=bias, **WANT) for x in (strided, plain))
-    assert all(torch.equal(a, b) for a, b in zip(stats, expected))
+    assert all(torch.equal(a, b) for a, b in zip(stats[:5], expected))
     (_, truth), (_, same) = truth_and_torch(*plain, bias, labels, PLAIN, grads)
     for g, s, t in zip(backward(*strided, bias, labels, PLAIN, grads), same, truth):
         assert g.is_contiguous()
@@ -191,7 +191,7 @@ def test_large_logits_stay_finite():
 def test_two_runs_agree_to_the_bit():
     *tensors, labels, grad_logps, grad_entropy = make(257, 123, 1031)
     first, second = (lm_head_forward(*tensors[:2], labels, FULL, bias_V=tensors[2], **WANT) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(first[:5], second))
     first, second = (backward(*tensors, labels, FULL, (grad_logps, grad_entropy)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -199,7 +199,7 @@ def test_two_runs_agree_to_the_bit():
 def test_no_rows():
     hidden, weight, bias, labels, *grads = make(3, 16, 40)
     hidden, labels, grads = hidden[:0], labels[:0], [g[:0] for g in grads]
-    assert all(t.shape == (0,) for t in lm_head_forward(hidden, weight, labels, PLAIN, **WANT))
+    assert all(t.shape == (0,) for t in lm_head_forward(hidden, weight, labels, PLAIN, **WANT)[:5])
     dhidden, dweight, dbias = backward(hidden, weight, bias, labels, PLAIN, grads)
     assert dhidden.shape == (0, 16) and not dweight.any() and not dbias.any()
 

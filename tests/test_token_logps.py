@@ -40,10 +40,11 @@ def run(tensors, needs, impl, dtype=None, entropy=True, workspace_bytes=None, **
         None if t is None else t.to(dtype or t.dtype).detach().requires_grad_(name in needs)
         for t, name in zip((hidden, weight, bias), "hwb")
     )
+    outputs = [name for name in OUTPUTS if impl != "cut" or name != "log_collision"]
     out = pk.token_logps(
-        hidden, weight, labels, bias, outputs=OUTPUTS, impl=impl, workspace_bytes=workspace_bytes, **options
+        hidden, weight, labels, bias, outputs=outputs, impl=impl, workspace_bytes=workspace_bytes, **options
     )
-    results = {name: t.detach() for name, t in zip(out._fields, out)}
+    results = {name: t.detach() for name, t in zip(out._fields, out) if t is not None}
     inputs = {name: t for t, name in zip((hidden, weight, bias), "hwb") if name in needs}
     if inputs:
         g = torch.randn(labels.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
