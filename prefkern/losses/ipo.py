@@ -5,12 +5,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prefkern.losses.base import Batch, PairLoss, choice, ranged, register
+from prefkern.losses.base import Batch, choice, ranged, register
+from prefkern.losses.f_divergence import DifferenceLoss
 
 
 @register("ipo")
 @dataclass(frozen=True, kw_only=True)
-class IPO(PairLoss):
+class IPO(DifferenceLoss):
     """The log-ratio gap is pulled to 1 / (2 beta) and no further.
 
         L = ( a_w - a_l - 1/(2 beta) )^2,    mean over pairs
@@ -20,6 +21,7 @@ class IPO(PairLoss):
     Fields:
         beta: the smaller, the wider the gap aimed at, 1/(2 beta) nats ("mean": nats a token).
         normalize: "mean" as TRL does, "sum" as the paper and the reference implementation of DPO do.
+        f_divergence, f_alpha: as in DifferenceLoss; the formulas above are those of "reverse_kl".
     Source:
         Azar et al. 2023, arXiv:2310.12036, eq. 17 (its tau is beta here); the per-token mean as in TRL's code.
     """
@@ -32,14 +34,24 @@ class IPO(PairLoss):
     beta: float = ranged(0.1, 0, 100, "0.01 to 1 in practice", open_low=True)
     normalize: str = choice("mean", "mean", "sum")
 
-    def scale(self, batch: Batch) -> Tensor | None:
-        return 1 / batch.count_R.clamp(min=1) if self.normalize == "mean" else None
+    @property
+    def per_token(self) -> bool:
+        return self.normalize == "mean"
 
     def margin(self, batch: Batch) -> float:
         return 1 / (2 * self.beta)
 
-    def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-        return (score_GK[:, 0] - score_GK[:, 1] - margin) ** 2
+    def eager(
+        self,
+        score_GK: Tensor,
+        margin: Tensor | float = 0.0,
+        factor_GK: Tensor | None = None,
+        valid_GK: Tensor | None = None,
+    ) -> Tensor:
+        return self.value(self.difference(score_GK, factor_GK) - margin)
+
+    def value(self, x_G: Tensor) -> Tensor:
+        return x_G**2
 
     def link_params(self) -> tuple[float, ...]:
-        return ()
+        return 0.0, 0.0, *self.divergence_params()

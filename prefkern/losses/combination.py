@@ -1,0 +1,125 @@
+"""A weighted sum of losses."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from prefkern.layout import Layout
+from prefkern.losses.base import Batch, Loss, Part, Range, register
+from prefkern.losses.dpo import DPO
+from prefkern.losses.nll import NLL
+
+
+class Parts(tuple):
+    """(weight, loss) of every part; called as `Loss.parts` is, the addends that they come to, `nll` last."""
+
+    def __call__(self, state: nn.Module | None = None) -> tuple[Part, ...]:
+        addends: list[Part] = []
+        for i, (weight, loss) in enumerate(self):
+            for part in loss.parts(state[str(i)] if state is not None and str(i) in state else None):
+                part = part._replace(weight=weight * part.weight)
+                same = [k for k, other in enumerate(addends) if other[1:] == part[1:]]
+                if same and part.state is None:  # computed once, reported once
+                    part = part._replace(weight=part.weight + addends.pop(same[0]).weight)
+                addends.append(part)
+        return tuple(sorted(addends, key=lambda part: part.loss.name == NLL.name))
+
+
+def _any(name: str) -> property:
+    return property(lambda self: any(getattr(part.loss, name) for part in self.parts()))
+
+
+@register("combination")
+@dataclass(frozen=True, kw_only=True)
+class Combination(Loss):
+    """Several losses of the same responses, each divided by its own normalizer.
+
+        L = sum_i weight_i * L_i
+
+    What a part adds of its own (`nll_weight`, or the parts of a combination) is multiplied too; equal addends are
+    computed once. The parts must agree in how many responses a prompt has and in what targets say; `nll` goes with all
+    others. The metrics are those of the first part that is not `nll`, and loss/NAME of each.
+
+    Fields:
+        parts: (weight, loss) of every part; they must come to at least two addends.
+    Source:
+        As TRL's lists of losses with loss_weights.
+    """
+
+    formula: ClassVar[str] = "sum_i weight_i L_i"
+    source: ClassVar[str] = "TRL's lists of losses"
+    confidence: ClassVar[str] = "third party"
+
+    parts: tuple[tuple[float, Loss], ...] = field(default=Parts(((1.0, DPO()), (1.0, NLL()))))
+
+    needs_reference = _any("needs_reference")
+    needs_lengths = _any("needs_lengths")
+    needs_first_pass = _any("needs_first_pass")
+    couples_batch = _any("couples_batch")
+    needs_token_weights = _any("needs_token_weights")
+    needs_token_kl = _any("needs_token_kl")
+    needs_mismatched = _any("needs_mismatched")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "parts", Parts(tuple(part) for part in _pairs(self.parts)))
+        if len(self.parts()) < 2:
+            raise ValueError(f"{self.name}: parts={[*self.parts]} is one loss; use that loss itself, or add another")
+        others = [part.loss for part in self.parts() if part.loss.name != NLL.name]
+        for what in ("arity", "target_kind"):
+            known = {value: loss.name for loss in others if (value := getattr(loss, what)) is not None}
+            if len(known) > 1:
+                (a, first), (b, second), *_ = known.items()
+                raise ValueError(f"{self.name}: {first} has {what} {a!r}, {second} has {b!r}; their parts must agree")
+
+    @property
+    def leading(self) -> Loss:
+        """The first part that is not `nll`, or `nll`."""
+        return self.parts()[0].loss
+
+    @property
+    def arity(self) -> Literal["pair", "single", "list"]:
+        return self.leading.arity
+
+    @property
+    def target_kind(self) -> str | None:
+        return next((kind for part in self.parts() if (kind := part.loss.target_kind)), None)
+
+    @property
+    def row_outputs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts() for name in part.loss.row_outputs))
+
+    @property
+    def link(self) -> str:
+        raise NotImplementedError(f"{self.name} has no link; its parts() have")
+
+    def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+        raise NotImplementedError(f"{self.name} has no value of scores; its parts() have")
+
+    def link_params(self) -> tuple[float, ...]:
+        raise NotImplementedError(f"{self.name} has no link; its parts() have")
+
+    def segmented(self, layout: Layout) -> Layout:
+        return self.leading.segmented(layout)
+
+    def check_layout(self, layout: Layout) -> None:
+        self.leading.check_layout(layout)
+
+    def new_state(self) -> nn.Module | None:
+        states = {str(i): loss.new_state() for i, (_, loss) in enumerate(self.parts)}
+        states = {key: state for key, state in states.items() if state is not None}
+        return nn.ModuleDict(states) if states else None
+
+    def metrics(self, score_R: Tensor, logp_R: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return self.leading.metrics(score_R, logp_R, batch)
+
+
+def _pairs(parts: Any) -> Iterable[tuple[float, Loss]]:
+    for part in parts:
+        if not isinstance(part, Iterable) or len(part := tuple(part)) != 2 or not isinstance(part[1], Loss):
+            raise ValueError(f"combination: {part!r} in parts must be a (weight, loss) tuple")
+        if part[0] not in Range(0, 1000):
+            raise ValueError(f"combination: weight={part[0]!r} of {part[1].name} must be a number in [0, 1000]")
+        yield part
