@@ -13,9 +13,9 @@ compilation and its test take them.
 
 import triton
 
-from . import pair_links, single_links
+from . import list_links, pair_links, single_links
 
-_FILES = (pair_links, single_links)
+_FILES = (pair_links, single_links, list_links)
 LINKS = tuple(entry for file in _FILES for entry in file.LINKS)  # (link, K)
 
 

@@ -51,15 +51,36 @@ def choice(default: str, *values: str) -> Any:
     return field(default=default, metadata={"choices": values})
 
 
-def variant(default: Any, *, optional: bool = False, **kinds: type) -> Any:
+def variant(default: Any, *, optional: bool = False, number: type | None = None, **kinds: type) -> Any:
     """A dataclass field that holds one of a few small objects, written by kind in YAML: {kind: {field: value}}.
 
     Args:
         default: an object of one of the kinds, or None.
         optional: whether None is allowed.
+        number: the kind that a bare number stands for, its only field; None: a number is an error.
         kinds: the class behind each name.
     """
-    return field(default=default, metadata={"kinds": kinds, "optional": optional})
+    return field(default=default, metadata={"kinds": kinds, "optional": optional, "number": number})
+
+
+def check_fields(given: Any, name: str) -> None:
+    """Raise ValueError where a field's value is not what `ranged`, `choice` or `variant` allow; `name` starts it."""
+    for f in dataclasses.fields(given):
+        value, allowed, choices = getattr(given, f.name), f.metadata.get("range"), f.metadata.get("choices")
+        if allowed is not None and value not in allowed:
+            hint = f" ({allowed.recommended})" if allowed.recommended else ""
+            raise ValueError(f"{name}: {f.name}={value!r} must be a number in {allowed}{hint}")
+        if choices is not None and value not in choices:
+            raise ValueError(f"{name}: {f.name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        kinds, number = f.metadata.get("kinds"), f.metadata.get("number")
+        if number is not None and isinstance(value, int | float) and not isinstance(value, bool):
+            value = number(value)
+            object.__setattr__(given, f.name, value)
+        if kinds is not None and not isinstance(value, tuple(kinds.values())):
+            if not (value is None and f.metadata["optional"]):
+                known = ["a number"] * (number is not None) + [cls.__name__ for cls in kinds.values()]
+                known = ", ".join(known + ["None"] * f.metadata["optional"])
+                raise ValueError(f"{name}: {f.name}={value!r} must be one of {known}")
 
 
 @dataclass(frozen=True)
@@ -145,18 +166,7 @@ class Loss(ABC):
     link_targets: ClassVar[bool] = False  # whether `eager` and the link read a target per member
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, allowed, choices = getattr(self, f.name), f.metadata.get("range"), f.metadata.get("choices")
-            if allowed is not None and value not in allowed:
-                hint = f" ({allowed.recommended})" if allowed.recommended else ""
-                raise ValueError(f"{self.name}: {f.name}={value!r} must be a number in {allowed}{hint}")
-            if choices is not None and value not in choices:
-                raise ValueError(f"{self.name}: {f.name}={value!r} must be one of {', '.join(map(repr, choices))}")
-            kinds = f.metadata.get("kinds")
-            if kinds is not None and not isinstance(value, tuple(kinds.values())):
-                if not (value is None and f.metadata["optional"]):
-                    known = ", ".join([cls.__name__ for cls in kinds.values()] + ["None"] * f.metadata["optional"])
-                    raise ValueError(f"{self.name}: {f.name}={value!r} must be one of {known}")
+        check_fields(self, self.name)
 
     @abstractmethod
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
@@ -252,7 +262,7 @@ class PairLoss(Loss):
         ld_alpha: multiplies the log-ratios of tokens beyond the shorter response of the pair; None: 1. LD-DPO's length
             desensitising, arXiv:2409.06411; lengths stay what they are.
         wpo: weights each pair by exp of both responses' mean of logp - log sum_v p^2, without gradient. WPO,
-            arXiv:2406.11827, as in TRL's code.
+            arXiv:2406.11827, eq. 2, as in TRL's code: no limit from above (its earlier releases cut the weight at 1).
     """
 
     arity: ClassVar[Literal["pair", "single", "list"]] = "pair"
