@@ -85,6 +85,58 @@ def test_killed_and_resumed_is_bitwise_the_same(config, whole, tmp_path, monkeyp
     assert steps == list(range(1, 13)), "every step is logged once"
 
 
+STATES = {
+    "ema": {"reference": {"mode": "ema", "decay": 0.5}},
+    "periodic": {"reference": {"mode": "periodic", "every": 3}},
+    "kl_triggered": {"reference": {"mode": "kl_triggered", "threshold": 0.02, "window": 3}},
+    "loss state": {"loss": {"name": "bco", "shift": "running_mean"}},
+}
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora": {"r": 2, "dropout": 0.1}}], ids=["all weights", "lora"])
+@pytest.mark.parametrize("name", STATES)
+def test_what_moves_with_the_policy_is_resumed_bitwise(tmp_path, monkeypatch, name, lora):
+    """Killed after step 5, resumed from the checkpoint of step 4: between two copies, within a window."""
+    trainer = {"max_steps": 8, "save_steps": 4, "logging_steps": 1, "report_to": "none", "learning_rate": 1e-2,
+               "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}  # fmt: skip
+    config = tiny.write_run(tmp_path, model=tiny.llama(dropout=0.2), trainer=trainer, **STATES[name])
+    config["model"] |= lora
+    one, two = (f"run.output={tmp_path / run}" for run in ("one", "two"))
+    whole = run_training(Config.from_dict(config, [one]))
+    with monkeypatch.context() as patch:
+        report_to = run_module._report_to
+        patch.setattr(
+            run_module,
+            "_report_to",
+            lambda trainer, out: (report_to(trainer, out), trainer.add_callback(KillAt(5, False))),
+        )
+        with pytest.raises(Kill):
+            run_training(Config.from_dict(config, [two]))
+    torch.manual_seed(5)
+    resumed = run_training(Config.from_dict(config, [two, "run.resume=true"]))
+    logged = [[line for line in run.history if "loss" in line] for run in (resumed, whole)]
+    assert logged[0] == logged[1] and len(logged[0]) == 8
+    for folder in ("checkpoint-8", "model"):
+        files = sorted(path.name for path in (whole.output / folder).glob("*.safetensors"))
+        assert ("reference.safetensors" in files) == (name != "loss state" and folder != "model")
+        assert ("loss_state.safetensors" in files) == (name == "loss state")
+        for file in files:
+            found, expected = (load_file(run.output / folder / file) for run in (resumed, whole))
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[k], expected[k]) for k in expected), file
+    if name == "loss state":
+        state = load_file(resumed.model / "loss_state.safetensors")
+        assert state["count"] == 16 and state["mean"] != 0, "one update a training micro-batch"
+
+
+def test_a_checkpoint_without_its_reference_is_told(tmp_path):
+    config = tiny.write_run(tmp_path, trainer={"max_steps": 2, "save_steps": 1}, reference={"mode": "ema"})
+    output = run_training(Config.from_dict(config)).output
+    (output / "checkpoint-2" / "reference.safetensors").unlink()
+    with pytest.raises(ConfigError, match="reference.safetensors' is missing, so the run cannot go on as it was"):
+        run_training(Config.from_dict(config, ["run.resume=true"]))
+
+
 def test_a_run_is_not_continued_as_another(config, whole):
     with pytest.raises(
         ConfigError, match="began with loss.beta=0.1, not 0.3: set it back, or choose another run.output"

@@ -110,6 +110,8 @@ class PreferenceTrainer(Trainer):
         Processes' gradients are averaged, hence the factor.
         """
         ref_logps = self._ref_logps(model, inputs)
+        if self.loss_state is not None:
+            self.loss_state.train(model.training)
 
         def tail(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> PreferenceOutput:
             return linear_preference_loss(
@@ -121,6 +123,7 @@ class PreferenceTrainer(Trainer):
                 ref_logps=ref_logps,
                 normalizer=num_items_in_batch,
                 bias=bias,
+                state=self.loss_state,
                 on_policy=self.reference == "on_policy",
                 **self._head,
             )
