@@ -24,10 +24,11 @@ from prefkern.preference import (  # noqa: E402
     logits_preference_loss,
     preference_loss,
 )
+from prefkern.token_kl import token_kl  # noqa: E402
 from prefkern.token_logps import TokenLogpsOutput, logits_token_logps, token_logps  # noqa: E402
 
 __all__ = [
     "Adaptive", "Boundaries", "Head", "Layout", "Packed", "PreferenceOutput", "Static", "TokenLogpsOutput", "explain",
     "linear_preference_loss", "logits_preference_loss", "logits_token_logps", "losses", "pack", "policy_gradient",
-    "preference_loss", "token_logps",
+    "preference_loss", "token_kl", "token_logps",
 ]  # fmt: skip

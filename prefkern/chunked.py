@@ -7,6 +7,7 @@ gives that slice of dweight complete, so no N x V tensor and no fp32 copy of dwe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -77,26 +78,47 @@ def backward(
     rows: ModuleType,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias (as `needs` says), each in its parameter's dtype."""
+    ignored = labels_N == head.ignore_index
+    head = replace(head, ignore_index=_IGNORED)
+
+    def gradient(logits: Tensor, part: slice) -> None:
+        labels = torch.where((labels_N >= part.start) & (labels_N < part.stop), labels_N - part.start, _ELSEWHERE)
+        labels.masked_fill_(ignored, _IGNORED)
+        rows.row_softmax_backward(
+            logits, labels, stats.lse, grad_logps_N, head, bias_V=None if bias_V is None else bias_V[part],
+            entropy_N=stats.entropy, grad_entropy_N=grad_entropy_N, out=logits,
+        )  # fmt: skip
+
+    return walk_vocabulary(hidden_ND, weight_VD, bias_V, plan, gradient, needs)
+
+
+def walk_vocabulary(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    plan: Plan,
+    gradient: Callable[[Tensor, slice], None],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias (as `needs` says), each in its parameter's dtype.
+
+    Args:
+        gradient: called with the raw logits (N, width) of a slice of the vocabulary, without the bias, and the slice;
+            writes dL/dlogits in their place.
+    """
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     wide = accumulator(hidden_ND.dtype)
     dhidden = hidden_ND.new_zeros(hidden_ND.shape, dtype=wide) if needs[0] else None
     dweight = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if needs[1] else None
     dbias = torch.empty_like(bias_V, memory_format=torch.contiguous_format) if needs[2] else None
-    ignored = labels_N == head.ignore_index
-    head = replace(head, ignore_index=_IGNORED)
     step = plan.vocab_per_slice
     scratch = hidden_ND.new_empty(n * min(step, vocab))
     for i in range(0, vocab, step):
         part = slice(i, min(i + step, vocab))
         width = part.stop - i
-        weight, bias = weight_VD[part], None if bias_V is None else bias_V[part]
+        weight = weight_VD[part]
         dlogits = torch.mm(hidden_ND, weight.t(), out=scratch[: n * width].view(n, width))
-        labels = torch.where((labels_N >= i) & (labels_N < part.stop), labels_N - i, _ELSEWHERE)
-        labels.masked_fill_(ignored, _IGNORED)
-        rows.row_softmax_backward(
-            dlogits, labels, stats.lse, grad_logps_N, head, bias_V=bias, entropy_N=stats.entropy,
-            grad_entropy_N=grad_entropy_N, out=dlogits,
-        )  # fmt: skip
+        gradient(dlogits, part)
         if needs[0]:
             add_product(dhidden, dlogits, weight)
         if needs[1]:

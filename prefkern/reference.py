@@ -57,6 +57,33 @@ def rows_from_hidden(
     return rows_from_logits(F.linear(hidden_ND, weight_VD, bias_V), labels_N, head, want)
 
 
+def kl_from_hidden(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    ref_hidden_NE: Tensor,
+    ref_weight_VE: Tensor,
+    ref_bias_V: Tensor | None,
+    valid_N: Tensor,
+    head: Head,
+) -> Tensor:
+    """(N,) KL(reference || policy) in nats, differentiable in the policy; 0 where not valid.
+
+    A vocabulary entry whose reference probability is 0 adds nothing, whatever the policy's is.
+    """
+
+    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(hidden.dtype)
+        return F.log_softmax(transform(F.linear(hidden, weight, bias), head), -1)
+
+    log_p = log_softmax(hidden_ND, weight_VD, bias_V)
+    with torch.no_grad():
+        log_ref = log_softmax(ref_hidden_NE, ref_weight_VE, ref_bias_V)
+        ref = log_ref.exp()
+    apart = torch.where(ref > 0, log_ref - log_p, 0.0)  # before the product: 0 times -inf is NaN
+    return torch.where(valid_N, (ref * apart).sum(-1), 0.0)
+
+
 def log_ratios(logps_N: Tensor, ref_logps_N: Tensor | None, token_weights_N: Tensor | None) -> Tensor:
     """d_n = token_weight_n * (logp_n - ref_logp_n), exactly 0, also in gradient, where the weight is 0."""
     if token_weights_N is None:

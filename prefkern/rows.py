@@ -19,6 +19,7 @@ from prefkern.reference import accumulator
 
 # Elements of one piece: 2 MiB in fp32, about one core's second-level cache.
 _PIECE = 1 << 19
+_PIECE_ON_DEVICE = 1 << 23  # 32 MiB, a few hundred launches a gigabyte of logits
 
 
 def row_softmax_forward(
@@ -53,7 +54,7 @@ def row_softmax_forward(
 
     top1 = fresh(want_top1, torch.bool)
     stats = RowStats(fresh(True), fresh(True), fresh(want_entropy), top1, fresh(want_mean), fresh(want_collision))
-    for piece in _pieces(rows, vocab):
+    for piece in pieces(logits_NV):
         _forward_piece(
             logits_NV[piece], labels_N[piece], head, bias_V, gradient, [s if s is None else s[piece] for s in stats]
         )
@@ -67,7 +68,7 @@ def row_softmax_forward(
 
 def _forward_piece(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | None, gradient: bool, out: list) -> None:
     logps, lse, entropy, is_top1, mean_logit, log_collision = out
-    z = _transform(logits, head, bias)
+    z = transformed(logits, head, bias)
     label = labels.clamp(0, z.shape[1] - 1)[:, None]
     z_label, top = z.gather(1, label), z.amax(1, keepdim=True)
     if is_top1 is not None:
@@ -81,7 +82,7 @@ def _forward_piece(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | No
     if log_collision is not None:
         # The sum of p is 1 but for the normaliser's rounding, which the second term takes back.
         torch.sub(p.square().sum(1).log_(), p.sum(1).log_(), alpha=2, out=log_collision)
-    slope = _slope(z, head) if gradient else None
+    slope = slope_of(z, head) if gradient else None
     if entropy is not None:
         torch.sub(log_total[:, 0], z.sub_(top).clamp_(min=-1e30).mul_(p).sum(1), out=entropy)
     if gradient:
@@ -114,7 +115,7 @@ def row_softmax_backward(
     Returns:
         (N, V) in the dtype of the logits; rows with head.ignore_index are zero.
     """
-    rows, vocab = logits_NV.shape
+    vocab = logits_NV.shape[1]
     out = torch.empty_like(logits_NV) if out is None else out
     valid = labels_N != head.ignore_index
 
@@ -127,9 +128,9 @@ def row_softmax_backward(
     inside = valid & (labels_N >= 0) & (labels_N < vocab)
     label = labels_N.clamp(0, vocab - 1)[:, None]
     hit = torch.where(inside[:, None], g, 0.0)
-    for piece in _pieces(rows, vocab):
-        z = _transform(logits_NV[piece], head, bias_V)
-        slope = _slope(z, head)
+    for piece in pieces(logits_NV):
+        z = transformed(logits_NV[piece], head, bias_V)
+        slope = slope_of(z, head)
         log_p = z.sub_(lse_N[piece, None])
         if e is None:
             dz = log_p.exp_().mul_(-g[piece])
@@ -144,12 +145,16 @@ def row_softmax_backward(
     return out.masked_fill_(~valid[:, None], 0.0)  # a pass over all, but without waiting for the device
 
 
-def _pieces(rows: int, vocab: int):
-    step = max(1, _PIECE // max(1, vocab))
+def pieces(logits_NV: Tensor) -> list[slice]:
+    """Runs of rows of a block small enough that a core keeps one in its cache; larger where launches cost."""
+    rows, vocab = logits_NV.shape
+    size = _PIECE if logits_NV.device.type == "cpu" else _PIECE_ON_DEVICE
+    step = max(1, size // max(1, vocab))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def _transform(logits: Tensor, head: Head, bias: Tensor | None) -> Tensor:
+def transformed(logits: Tensor, head: Head, bias: Tensor | None) -> Tensor:
+    """A new tensor z of raw logits, in at least fp32."""
     z = logits.to(accumulator(logits.dtype), copy=True)
     if bias is not None:
         z.add_(bias)
@@ -160,7 +165,7 @@ def _transform(logits: Tensor, head: Head, bias: Tensor | None) -> Tensor:
     return z.div_(head.temperature) if head.temperature != 1.0 else z
 
 
-def _slope(z: Tensor, head: Head) -> Tensor | None:
+def slope_of(z: Tensor, head: Head) -> Tensor | None:
     """The part of dz/dz0 that differs between elements: 1 - (z * temperature / softcap)^2, None without a softcap."""
     if head.softcap is None:
         return None

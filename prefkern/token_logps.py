@@ -113,8 +113,8 @@ def token_logps(
         2024, arXiv:2411.09009. The frozen head's one-pass gradient: derived (see planner.FROZEN).
     """
     head, want = Head(softcap, logit_scale, temperature, ignore_index), check_outputs(outputs)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check(hidden, weight, bias, labels)
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    check_head(hidden, weight, bias, labels)
     check_labels(labels, weight.shape[0], ignore_index)
     shape, hidden, labels = labels.shape, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if impl == "cut" and "log_collision" in want:
@@ -317,22 +317,30 @@ def check_outputs(outputs: Collection[str]) -> tuple[str, ...]:
     return outputs
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, which: str = "") -> None:
+    """Raise ValueError where shapes, dtypes or devices disagree; `which` begins the names in the message."""
     if hidden.ndim not in (2, 3) or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)} must be (N, D) or (B, T, D) and weight {tuple(weight.shape)} (V, D)"
+            f"{which}hidden {tuple(hidden.shape)} must be (N, D) or (B, T, D)"
+            f" and {which}weight {tuple(weight.shape)} (V, D)"
         )
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"labels {tuple(labels.shape)} must have the shape of hidden less its last axis {tuple(hidden.shape)}"
+            f"labels {tuple(labels.shape)} must have the shape of {which}hidden less its last axis"
+            f" {tuple(hidden.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} must be ({weight.shape[0]},)")
+        raise ValueError(f"{which}bias {tuple(bias.shape)} must be ({weight.shape[0]},)")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; they must be one floating dtype")
+        raise ValueError(
+            f"{which}hidden is {hidden.dtype} and {which}weight {weight.dtype}; they must be one floating dtype"
+        )
     devices = {t.device for t in (hidden, weight, bias, labels) if t is not None}
     if len(devices) > 1:
-        raise ValueError(f"hidden, weight, bias and labels are on different devices: {sorted(map(str, devices))}")
+        raise ValueError(
+            f"{which}hidden, {which}weight, {which}bias and labels are on different devices:"
+            f" {sorted(map(str, devices))}"
+        )
 
 
 def check_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -360,7 +368,7 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inside torch.autocast the head runs in autocast's dtype, as F.linear would; float64 stays."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import DEVICE
 from prefkern.head import Head, RowStats
@@ -67,3 +68,18 @@ def poison(monkeypatch) -> None:
             return t.fill_(True if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest tensor, in bytes, that any operation returns, views of given tensors aside."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.bytes = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefkern as pk
 from conftest import DEVICE
-from numerics import assert_as_good_as_torch
+from numerics import LargestTensor, assert_as_good_as_torch
 from prefkern import planner
 from prefkern.token_logps import OUTPUTS
 
@@ -125,21 +125,6 @@ class CountFlops(TorchDispatchMode):
             a, b = args[-2:]
             self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         return func(*args, **(kwargs or {}))
-
-
-class LargestTensor(TorchDispatchMode):
-    """The largest tensor, in bytes, that any operation returns, views of given tensors aside."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known, self.bytes = {t.untyped_storage().data_ptr() for t in known}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("needs", ["", "h", "hw"])
