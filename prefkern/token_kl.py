@@ -58,7 +58,7 @@ def token_kl(
         ValueError: shapes, dtypes or devices disagree; the vocabularies differ; an unknown impl, or "cut", which has no
             such body.
     Source:
-        derived; the quantity is that of Zeng et al. 2024, arXiv:2404.11999, eq. 9.
+        derived; the quantity is what Zeng et al. 2024, arXiv:2404.11999, add up over a response.
     """
     if impl == "cut":
         raise ValueError("impl='cut' cannot compare two heads: use impl='auto' or 'chunked' for token_kl")

@@ -217,3 +217,87 @@ def test_wrong_arguments_are_named(change, words):
     with pytest.raises(ValueError) as error:
         pk.token_kl(**({name: torch.zeros(shape) for name, shape in given.items()} | change))
     assert words in str(error.value)
+
+
+# One pair of 6 and 9 tokens: sums of log-probabilities, of the reference's, and of divergences; beta 0.1.
+PAIR, LENGTHS = ((-12.0, -12.5, 0.8), (-15.0, -14.0, 1.1)), (6, 9)
+GOLDEN = [
+    (pk.losses.TDPO1(), 0.6349461015956135),
+    (pk.losses.TDPO2(), 0.6279235777077612),
+    (pk.losses.TDPO2(alpha=1.0), 0.6349461015956135),
+    (pk.losses.TDPO2(alpha=0.0), 0.6209570477895321),
+]
+
+
+@pytest.mark.parametrize(
+    "impl, dtype, digits",
+    [("eager", torch.float32, 1e-6), ("eager", torch.float64, 1e-9), ("triton", torch.float32, 1e-6)],
+)
+@pytest.mark.parametrize("loss, value", GOLDEN, ids=repr)
+def test_golden_tdpo(loss, value, impl, dtype, digits):
+    logps, ref, kl = (
+        torch.cat([torch.full((n,), side[i] / n, dtype=dtype, device=DEVICE) for side, n in zip(PAIR, LENGTHS)])
+        for i in range(3)
+    )
+    out = pk.preference_loss(logps, pk.Layout.pairs([6], [9]), loss, ref_logps=ref, token_kl=kl, impl=impl)
+    assert out.loss.item() == pytest.approx(value, rel=digits)
+
+
+def test_tdpo2_without_its_divergence_is_dpo():
+    layout, logps, ref = pk.Layout.pairs([5, 2], [3, 4]), -torch.rand(14), -torch.rand(14)
+    dpo = pk.preference_loss(logps, layout, pk.losses.DPO(beta=0.3), ref_logps=ref).loss
+    loss = pk.losses.TDPO2(beta=0.3, alpha=0.0)
+    assert torch.equal(pk.preference_loss(logps, layout, loss, ref_logps=ref, token_kl=torch.rand(14)).loss, dpo)
+
+
+@pytest.mark.parametrize(
+    "loss, chosen, rejected",
+    [(pk.losses.TDPO1(), 1.0, 1.0), (pk.losses.TDPO2(), 0.0, 0.5), (pk.losses.TDPO2(alpha=2.0), 0.0, 2.0)],
+    ids=repr,
+)
+def test_which_divergences_get_a_gradient(loss, chosen, rejected):
+    """Against that of the log-ratio beside it, and 0 for a masked token, whatever its divergence."""
+    layout, mask = pk.Layout.pairs([3], [2]), torch.tensor([1, 1, 0, 1, 1]).bool()
+    logps, kl = (-torch.rand(5)).requires_grad_(), torch.rand(5)
+    kl[2] = torch.inf
+    kl.requires_grad_()
+    pk.preference_loss(logps, layout, loss, ref_logps=torch.zeros(5), token_kl=kl, mask=mask).loss.backward()
+    want = logps.grad * torch.tensor([chosen] * 3 + [rejected] * 2)
+    torch.testing.assert_close(kl.grad, want)
+    assert kl.grad[2] == 0 and logps.grad[0] != 0
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("name", ["tdpo1", "tdpo2"])
+def test_tdpo_of_a_model_against_autograd_on_full_logits(name, train_head):
+    torch.manual_seed(0)
+    lengths = (5, 2, 3, 4)
+    (hidden, weight, bias, ref_hidden, ref_weight, ref_bias), labels = make(14, 6, 23, torch.float64)
+    layout, options = pk.Layout.pairs(lengths[::2], lengths[1::2]), {"softcap": 4.0, "temperature": 0.8}
+    inputs = [hidden.requires_grad_(), weight.requires_grad_(train_head), bias.requires_grad_(train_head)]
+    trained = [t for t in inputs if t.requires_grad]
+
+    def log_softmax(*head):
+        return (4.0 * torch.tanh(F.linear(*head) / 4.0) / 0.8).log_softmax(-1)
+
+    log_p, log_q = log_softmax(*inputs), log_softmax(ref_hidden, ref_weight, ref_bias)
+    column, kept = labels.clamp(min=0)[:, None], labels != -100
+    ratio = torch.where(kept, (log_p - log_q).gather(-1, column)[:, 0], 0.0)
+    kl = torch.where(kept, (log_q.exp() * (log_q - log_p)).sum(-1), 0.0)
+    values = []
+    for w, r in ((slice(0, 5), slice(5, 7)), (slice(7, 10), slice(10, 14))):
+        gap = kl[r].sum() - (kl[w].sum() if name == "tdpo1" else kl[w].sum().detach())
+        h = ratio[w].sum() - ratio[r].sum()
+        values.append(-F.logsigmoid(0.3 * (h - (1.0 if name == "tdpo1" else 0.5) * gap)))
+    want = torch.stack(values).mean()
+    expected = torch.autograd.grad(want, trained)
+
+    ref_logps = pk.token_logps(ref_hidden, ref_weight, labels, ref_bias, **options).logps
+    own = pk.token_kl(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, workspace_bytes=999, **options)
+    out = pk.linear_preference_loss(
+        hidden, weight, labels, layout, pk.losses.get(name, beta=0.3), ref_logps=ref_logps, token_kl=own, bias=bias,
+        workspace_bytes=999, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(out.loss, want, rtol=1e-12, atol=1e-12)
+    for got, grad in zip(torch.autograd.grad(out.loss, trained), expected):
+        torch.testing.assert_close(got, grad, rtol=1e-10, atol=1e-12)
