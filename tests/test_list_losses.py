@@ -655,6 +655,23 @@ def test_links_are_finite_at_extreme_scores(loss, size):
         assert all(m.isfinite() for m in out.metrics.values()), impl
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("sizes, lengths", [([], []), ([2, 1], [0, 0, 2]), ([3], [2, 0, 1])], ids=str)
+@pytest.mark.parametrize("loss", [
+    L.AnchoredListwise(tau=L.BatchGuarded(), targets=L.PlackettLuce(poly=1.0)),
+    L.AnchoredListwise(tau=L.SmoothHybrid(), targets=L.KDE(), normalize="mean"),
+    L.AlphaDivergence(tau=L.Entropy(), alpha=L.EffectiveSampleSize(), normalize="mean"),
+    L.AlphaDivergence(alpha=L.RewardConfidenceGuarded()),
+], ids=repr)  # fmt: skip
+def test_empty_batches_groups_and_responses(loss, sizes, lengths, impl):
+    batch = Example(sizes, lengths)
+    out, grad = batch.run(loss, impl=impl, dtype=torch.float32)
+    truth, want = batch.run(loss)
+    torch.testing.assert_close(out.loss.cpu(), truth.loss.float())
+    torch.testing.assert_close(grad.cpu(), want.float())
+    assert out.loss.isfinite() and (lengths == [2, 0, 1] or out.loss == 0)
+
+
 @pytest.mark.parametrize("q", [0.0, 0.3, 1.0])
 def test_soft_pairs_are_exact_where_they_saturate(q):
     """z from -1e4 to 1e4: value and gradient of the kernel against float64."""

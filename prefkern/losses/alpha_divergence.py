@@ -86,7 +86,7 @@ class AlphaDivergence(ListLoss):
         valid_GK: Tensor | None = None,
     ) -> Tensor:
         log_p, log_q = groups.log_softmax(score_GK, valid_GK), self._log_targets(target_GK, valid_GK)
-        a = torch.as_tensor(margin, dtype=score_GK.dtype, device=score_GK.device).view(-1, 1)
+        a = _on_device(margin, score_GK).view(-1, 1)
         near_q = a >= 0.5
         c = torch.where(near_q, 1 - a, a)
         # 1 - sum m is -sum(m - p) and -sum(m - q): of the two, that which is exact where m comes near.
@@ -103,7 +103,7 @@ class AlphaDivergence(ListLoss):
         """
         (score_GK, valid_GK), q_GK = groups.pad(score_R, batch.index), groups.pad(self.target(batch), batch.index)[0]
         log_p, log_q = groups.log_softmax(score_GK, valid_GK), self._log_targets(q_GK, valid_GK)
-        a = torch.as_tensor(self.alpha.of_batch(batch, self, update=False)).to(score_GK)
+        a = _on_device(self.alpha.of_batch(batch, self, update=False), score_GK)
         m_over_a = torch.exp(a * log_q + (1 - a) * log_p) / a
         surrogate = -(torch.where(a == 0, _tilt(log_p, log_q, a), m_over_a) * log_p).sum(-1)
         mine = {
@@ -115,6 +115,11 @@ class AlphaDivergence(ListLoss):
 
     def _log_targets(self, q_GK: Tensor, valid_GK: Tensor) -> Tensor:
         return torch.where(valid_GK, q_GK.clamp(min=self.smallest_target).log(), 0.0)
+
+
+def _on_device(a: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor without a copy from the host, which would wait for the device."""
+    return a.to(like) if isinstance(a, Tensor) else torch.full((), a, dtype=like.dtype, device=like.device)
 
 
 def _tilt(log_base: Tensor, log_other: Tensor, c: Tensor) -> Tensor:
