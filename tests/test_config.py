@@ -66,6 +66,46 @@ def test_every_loss_is_written_and_read_back(name):
         assert section.keys() == {"name", *losses.options(name)}, "every field is spelled out"
 
 
+def test_losses_within_a_loss():
+    section = yaml.safe_load("""
+        name: combination
+        parts: [{weight: 1, name: dpo, beta: 0.3}, {weight: 1e-1, name: autoregressive_dpo, granularity: {adaptive: 2}},
+                {weight: 0.2, name: nll}]
+    """)
+    loss = resolve_loss(section)
+    segments = losses.AutoregressiveDPO(granularity=Adaptive(2))
+    assert loss == losses.Combination(parts=((1.0, losses.DPO(beta=0.3)), (0.1, segments), (0.2, losses.NLL())))
+    assert resolve_loss(yaml.safe_load(yaml.safe_dump(describe_loss(loss)))) == loss
+
+
+def test_a_number_may_stand_for_an_object():
+    one, other = (resolve_loss({"name": "anchored_listwise", "tau": tau}) for tau in (0.5, {"fixed": 0.5}))
+    assert one == other != resolve_loss({"name": "anchored_listwise"})
+    assert describe_loss(one)["tau"] == 0.5
+    warm = resolve_loss({"name": "anchored_listwise", "tau": {"smooth_hybrid": {"tau": "5e-1"}}, "targets": "kde"})
+    assert describe_loss(warm)["tau"]["smooth_hybrid"]["tau"] == 0.5, "YAML reads 5e-1 as text"
+
+
+@pytest.mark.parametrize("section, message", [
+    ("{name: combination, parts: dpo}", "loss.parts='dpo' should be a list of losses: write loss.parts: [{weight: 1,"),
+    ("{name: combination, parts: [{name: dpo}]}", "loss.parts[0]={'name': 'dpo'} should be a loss with a weight"),
+    ("{name: combination, parts: [{weight: 1, name: dppo}]}", "unknown loss.parts[0].name='dppo': did you mean 'dpo'?"),
+    ("{name: combination, parts: [{weight: 1, name: dpo, bta: 1}]}",
+     "unknown key 'loss.parts[0].bta': did you mean 'beta'?"),
+    ("{name: combination, parts: [{weight: x, name: dpo}]}", "loss.parts[0].weight='x' should be a number, not text"),
+    ("{name: combination, parts: [{weight: 1, name: dpo, beta: -1}]}", "the loss section is wrong: dpo: beta=-1 must"),
+    ("{name: anchored_listwise, tau: hot}", "unknown loss.tau 'hot': known: "),
+    ("{name: anchored_listwise, tau: true}", "loss.tau=True should name exactly one of its kinds: write a number, "),
+    ("{name: anchored_listwise, targets: {given: 3}}", "loss.targets.given=3 takes no value: write loss.targets=given"),
+    ("{name: anchored_listwise, targets: {kde: {width: 3}}}", "unknown key 'loss.targets.kde.width': did you mean"),
+    ("{name: anchored_listwise, targets: {softmax: -1}}", "Softmax: beta_r=-1 must be a number in (0, 1000]"),
+])  # fmt: skip
+def test_errors_within_a_loss(section, message):
+    with pytest.raises(ConfigError) as error:
+        resolve_loss(yaml.safe_load(section))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_output_is_named_after_the_file(tmp_path):
     path = tmp_path / "first_try.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))

@@ -118,13 +118,11 @@ def variant_forms(field: dataclasses.Field) -> str:
 
 
 def _describe_fields(value: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(type(value))
-    return {
-        f.name: _describe_field(f, hints[f.name], getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
-    }
+    return {f.name: describe_field(f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
 
 
-def _describe_field(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+def describe_field(field: dataclasses.Field, value: Any) -> Any:
+    """A field's value in plain values."""
     for kind, cls in field.metadata.get("kinds", {}).items():
         if type(value) is cls:
             given = _describe_fields(value)
@@ -136,10 +134,11 @@ def _describe_field(field: dataclasses.Field, hint: Any, value: Any) -> Any:
             return {kind: given if main is None else main}
     if isinstance(value, losses.Loss):
         return describe_loss(value)
-    if hint in _MANY:
-        return [{"weight": weight, **describe_loss(loss)} for weight, loss in value]
     return _plain(value)
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    weighted = (isinstance(v, tuple) and len(v) == 2 and isinstance(v[1], losses.Loss) for v in value)
+    return [{"weight": v[0], **describe_loss(v[1])} if w else _plain(v) for v, w in zip(value, weighted)]

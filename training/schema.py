@@ -36,7 +36,7 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
         ok, converted = _convert(key, value, option)
         if ok:
             return converted
-    raise ConfigError(f"{key}={value!r} should be {_describe(hint)}, not {_kind(value)}")
+    raise ConfigError(f"{key}={value!r} should be {describe_hint(hint)}, not {_kind(value)}")
 
 
 def build(cls: type[T], given: Any, key: str) -> T:
@@ -117,9 +117,10 @@ def _number(value: Any) -> tuple[bool, float | None]:
     return not math.isnan(number), number
 
 
-def _describe(hint: Any) -> str:
+def describe_hint(hint: Any) -> str:
+    """A type annotation in words: "a number or null"."""
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
-             dict: "a mapping", type(None): "null", None: "null"}  # fmt: skip
+             tuple: "a list", dict: "a mapping", type(None): "null", None: "null"}  # fmt: skip
     words = []
     for option in _options(hint):
         origin = typing.get_origin(option)

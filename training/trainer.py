@@ -242,8 +242,9 @@ class PreferenceTrainer(Trainer):
         if self._anchor is not None:
             self._anchor.step(self.accelerator.unwrap_model(self.model), self.state.global_step, self._add_up)
         if self.loss_state is not None and self.args.world_size > 1:
-            for buffer in self.loss_state.buffers():  # each process saw its own share of the batch
-                buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
+            for buffer in self.loss_state.buffers():  # each process may have seen its own share of the batch alone
+                if buffer.is_floating_point():
+                    buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
 
 
 class _AfterStep(TrainerCallback):
