@@ -4,6 +4,7 @@
 #   make test-all   the slow ones too
 #   make demo       train a small model on preferences and report what it gained
 #   make bench      time and memory against plain torch, as one table
+#   make docs       write docs/losses.md again, from what the registry of losses says
 #   make clean      remove the environment and everything built (never runs/)
 #
 # Variables: PYTHON (an interpreter, 3.10 or newer), VENV (.venv), ARGS (handed on to the command of the target).
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10 python
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: test test-all demo bench clean
+.PHONY: test test-all demo bench docs clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(if $(CI),,-m "not slow") $(ARGS)
@@ -28,6 +29,11 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)
+
+docs: $(STAMP)
+	mkdir -p docs
+	$(BIN)/prefkern losses --markdown > docs/losses.md.partial
+	mv docs/losses.md.partial docs/losses.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .benchmarks

@@ -20,8 +20,8 @@ import prefkern
 
 ROOT = Path(__file__).parent.parent
 TREE = [
-    ".ci", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "bench", "constraints.txt", "kernels",
-    "prefkern", "pyproject.toml", "setup.py", "tests", "training",
+    ".ci", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "bench", "constraints.txt", "docs",
+    "kernels", "prefkern", "pyproject.toml", "setup.py", "tests", "training",
 ]  # fmt: skip
 # Imported name of a package where it is not the name it is installed by.
 DISTRIBUTION = {"yaml": "pyyaml"}

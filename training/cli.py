@@ -75,7 +75,9 @@ def build_parser(with_demo: bool = False) -> argparse.ArgumentParser:
         demo_module.add_arguments(demo)
     demo.set_defaults(run=_demo)
 
-    table = commands.add_parser("losses", help="list the losses, their options and data columns")
+    table = commands.add_parser("losses", help="list the losses, or show all about one")
+    table.add_argument("name", nargs="?", metavar="NAME", help="show this loss's formula, options and data columns")
+    table.add_argument("--markdown", action="store_true", help="print all pages as the text of docs/losses.md")
     table.set_defaults(run=_losses)
 
     doctor = commands.add_parser("doctor", help="show versions, devices, and which kernels would run and why")
@@ -107,9 +109,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _losses(args: argparse.Namespace) -> int:
-    from prefkern.training.doctor import losses_table
+    from prefkern.training import registry_docs
 
-    print(losses_table())
+    if args.markdown:
+        sys.stdout.write(registry_docs.markdown())
+    else:
+        print(registry_docs.page(args.name) if args.name else registry_docs.table())
     return 0
 
 

@@ -1,8 +1,7 @@
-"""What is installed, what it runs on, and which losses there are."""
+"""What is installed, and what it runs on."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from prefkern import __version__, losses
+from prefkern import __version__
 from prefkern.planner import explain, triton_obstacle
 
 _PACKAGES = (
@@ -24,18 +23,7 @@ _PACKAGES = (
     "tensorboard",
     "matplotlib",
 )
-_COLUMNS = {"pair": "prompt chosen rejected", "single": "prompt completion"}
 _EXAMPLE = (1024, 4096, 128_256)  # N, D, V: a micro-batch of a Llama-3 8B
-
-
-def losses_table() -> str:
-    """One row a loss: name, reference, columns of the data, options with defaults, formula."""
-    rows = [("loss", "reference", "columns", "options", "formula")]
-    for name in losses.names():
-        cls = losses.loss_class(name)
-        options = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls) if f.init)
-        rows.append((name, "yes" if cls.needs_reference else "no", _COLUMNS[cls.arity], options or "-", cls.formula))
-    return _table(rows)
 
 
 def report() -> str:
@@ -75,9 +63,3 @@ def _devices() -> Iterator[str]:
 
 def _indent(lines: Iterator[str] | Sequence[str]) -> list[str]:
     return [f"  {line}" for line in lines]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows = [rows[0], tuple("-" * w for w in widths), *rows[1:]]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
