@@ -232,6 +232,10 @@ class Loss(ABC):
         """Running statistics as buffers of a new module, updated by calls in training mode; None: it has none."""
         return None
 
+    def uncorrected(self) -> Loss | None:
+        """The loss whose scale and target this one corrects by a coefficient, for diagnostics; None: there is none."""
+        return None
+
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError where the layout's groups do not have this loss's arity."""
         want = {"pair": 2, "single": 1}.get(self.arity)
