@@ -39,6 +39,14 @@ def pair_difference(score_K):
 
 
 @triton.jit
+def log_softmax(score_K, valid_K):
+    """log softmax over the members; 0 at padding."""
+    z_K = tl.where(valid_K, score_K, float("-inf"))
+    z_K = z_K - tl.max(z_K, axis=0)
+    return tl.where(valid_K, z_K - tl.log(tl.sum(tl.exp(z_K), axis=0)), 0.0)
+
+
+@triton.jit
 def expm1_ratio(x):
     """(exp(x) - 1) / x for |x| <= 1, 1 at 0: the power series, remainder below 2^-28."""
     ratio = 1.0 + x / 11

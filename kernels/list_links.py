@@ -6,15 +6,7 @@ Scores here are anchored logits u = (log-ratio) / tau; p = softmax(u) over the g
 import triton
 import triton.language as tl
 
-from .link_math import tilt
-
-
-@triton.jit
-def log_softmax(score_K, valid_K):
-    """log softmax over the members; 0 at padding."""
-    z_K = tl.where(valid_K, score_K, float("-inf"))
-    z_K = z_K - tl.max(z_K, axis=0)
-    return tl.where(valid_K, z_K - tl.log(tl.sum(tl.exp(z_K), axis=0)), 0.0)
+from .link_math import log_softmax, tilt
 
 
 @triton.jit
