@@ -78,6 +78,17 @@ def test_losses_within_a_loss():
     assert resolve_loss(yaml.safe_load(yaml.safe_dump(describe_loss(loss)))) == loss
 
 
+def test_a_loss_of_a_loss():
+    plain, own = (resolve_loss({"name": "adadpo", "base": b}) for b in ("simpo", {"name": "simpo", "gamma": 0.3}))
+    assert plain == losses.get("adadpo", base=losses.SimPO())
+    assert own == losses.get("adadpo", base=losses.SimPO(gamma=0.3))
+    assert describe_loss(own)["base"]["gamma"] == 0.3
+    with pytest.raises(ConfigError, match="unknown loss.base.name='simppo': did you mean 'simpo'?"):
+        resolve_loss({"name": "adadpo", "base": "simppo"})
+    with pytest.raises(ConfigError, match="loss.base=3 should be a loss: its name, or {name: dpo, beta: 0.1}"):
+        resolve_loss({"name": "adadpo", "base": 3})
+
+
 def test_a_number_may_stand_for_an_object():
     one, other = (resolve_loss({"name": "anchored_listwise", "tau": tau}) for tau in (0.5, {"fixed": 0.5}))
     assert one == other != resolve_loss({"name": "anchored_listwise"})

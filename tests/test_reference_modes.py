@@ -63,18 +63,19 @@ class Record(TrainerCallback):
         self.steps.append({k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype, bf16", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
+                         ids=["fp32", "bf16", "autocast"])  # fmt: skip
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
 @pytest.mark.parametrize("still", [
     ReferenceConfig("ema", decay=1.0), ReferenceConfig("periodic", every=NEVER),
-    ReferenceConfig("kl_triggered", threshold=float("inf"), window=1), 
+    ReferenceConfig("kl_triggered", threshold=float("inf"), window=1),
 ], ids=lambda r: r.mode)  # fmt: skip
-def test_an_anchor_that_stays_is_the_frozen_reference_to_the_bit(tmp_path, still, lora, dtype):
+def test_an_anchor_that_stays_is_the_frozen_reference_to_the_bit(tmp_path, still, lora, dtype, bf16):
     def run(reference):
         torch.manual_seed(1)
         model = tiny.llama(dropout=0.2).to(dtype)
         model = add_adapters(pack_forward(model), LoraConfig(r=2)) if lora else model
-        return trained(trainer(tmp_path, reference, model=model))
+        return trained(trainer(tmp_path, reference, model=model, bf16=bf16))
 
     (found, found_logs), (expected, expected_logs) = run(still), run("frozen")
     assert found_logs == expected_logs and found_logs[-1] != found_logs[0]

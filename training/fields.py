@@ -18,8 +18,9 @@ from prefkern import losses
 from prefkern.training.errors import ConfigError, nearest
 from prefkern.training.schema import check_names, check_value, is_number
 
-_ONE = (losses.Loss, losses.Loss | None)
-_MANY = (tuple[tuple[float, losses.Loss], ...],)
+# Annotations of fields that hold losses
+ONE_LOSS = (losses.Loss, losses.Loss | None)
+MANY_LOSSES = (tuple[tuple[float, losses.Loss], ...],)
 
 
 def read_loss(given: Any, key: str, also: tuple[str, ...] = ()) -> losses.Loss:
@@ -59,9 +60,9 @@ def _read_fields(cls: type, given: Mapping[str, Any], key: str, also: tuple[str,
 def _read_field(field: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:
     if "kinds" in field.metadata:
         return _read_variant(field, value, key)
-    if hint in _ONE and value is not None:
+    if hint in ONE_LOSS and value is not None:
         return read_loss(value, key)
-    if hint in _MANY:
+    if hint in MANY_LOSSES:
         return _read_losses(value, key)
     return check_value(key, value, hint)
 

@@ -17,7 +17,7 @@ from prefkern import losses
 from prefkern.losses import Loss
 from prefkern.training.columns import Needs
 from prefkern.training.errors import ConfigError, nearest
-from prefkern.training.fields import describe_field, describe_loss, variant_forms
+from prefkern.training.fields import MANY_LOSSES, ONE_LOSS, describe_field, describe_loss, variant_forms
 from prefkern.training.schema import describe_hint
 
 _INTRO = """\
@@ -139,6 +139,10 @@ def options(cls: type) -> list[Option]:
         allowed, choices, kinds = (f.metadata.get(key) for key in ("range", "choices", "kinds"))
         if kinds:
             values = variant_forms(f)
+        elif hints[f.name] in ONE_LOSS:
+            values = "a loss: its name, or {name: ..., option: ...}"
+        elif hints[f.name] in MANY_LOSSES:
+            values = "losses: [{weight: ..., name: ..., option: ...}, ...]"
         elif choices:
             values = ", ".join(choices)
         else:
@@ -240,7 +244,7 @@ def _prose(cls: type) -> list[str]:
     """The docstring as Markdown: formulas in code blocks, the section of fields left to the table, sections in bold."""
     lines, code = [], False
     for line in _without_fields(cls):
-        heading = re.match(r"(Source|Degenerates to):(.*)", line)
+        heading = re.match(r"(Source|Degenerates to|Metrics):(.*)", line)
         in_section = bool(lines) and lines[-1].startswith("**")
         starts_code = line.startswith("    ") and not in_section
         if starts_code != code and (starts_code or line):
