@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkern import reference
+from prefkern.diagnostics import gradient_ratios
 from prefkern.head import IGNORE_INDEX, Head
 from prefkern.layout import Layout, TailIndex
 from prefkern.losses.base import Batch, Loss
@@ -52,6 +53,7 @@ class Given:
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     token_kl_N: Tensor | None = None
     vocab_size: int | None = None
+    diagnostics: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class _Tail:
     margin: float | Tensor
     target_R: Tensor | None
     weight_G: Tensor | None
+    diagnostics: bool = False
 
     def of_segments(self, values_R: Tensor | None) -> Tensor | None:
         """(S,) values of each segment's response."""
@@ -101,6 +104,7 @@ def preference_loss(
     token_kl: Tensor | None = None,
     state: nn.Module | None = None,
     vocab_size: int | None = None,
+    diagnostics: bool = False,
 ) -> PreferenceOutput:
     """Any registered loss from per-token log-probabilities.
 
@@ -130,6 +134,10 @@ def preference_loss(
         token_kl: (N,) KL(reference || policy) at each row, in nats, for losses with `needs_token_kl` (tdpo1, tdpo2).
         vocab_size: V, for losses that compare an entropy in nats with its maximum, log V.
         state: running statistics, from `loss.new_state()`; None: those of this call alone. Updated in training mode.
+        diagnostics: for pair losses, add to the metrics how much harder the chosen response is pulled than the rejected
+            one: gradients/log_ratio_*, in nats, see `diagnostics.gradient_ratios`, and the same with the ending _before
+            for the loss at coefficient 1 (adadpo). Of several parts, those of the first. Costs one more pass of the
+            tail in plain torch.
     Returns:
         PreferenceOutput. metrics: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies,
         logps/chosen, logps/rejected for pairs; what others report, their `metrics` says. loss/<part> where there are
@@ -143,7 +151,7 @@ def preference_loss(
     Source:
         Each loss's docstring names its own.
     """
-    given = Given(ref_logps, token_weights, mask, targets, mismatched, stats or {}, token_kl, vocab_size)
+    given = Given(ref_logps, token_weights, mask, targets, mismatched, stats or {}, token_kl, vocab_size, diagnostics)
     return _preference_loss(logps, layout, loss, given, normalizer, impl, state)
 
 
@@ -170,13 +178,14 @@ def linear_preference_loss(
     token_kl: Tensor | None = None,
     state: nn.Module | None = None,
     on_policy: bool = False,
+    diagnostics: bool = False,
 ) -> PreferenceOutput:
     """`preference_loss` of hidden states under a head, without the logits.
 
     Args:
         hidden: (N, D) states that predict the packed response tokens; weight (V, D), labels (N,), bias, softcap,
             logit_scale, temperature, ignore_index, outputs, impl, workspace_bytes: as in `token_logps`.
-        layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state: as in
+        layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state, diagnostics: as in
             `preference_loss`. Rows with ignore_index count nowhere.
         on_policy: in place of ref_logps, compare with the policy itself, held constant: every log-ratio is 0 and only
             carries the gradient.
@@ -198,6 +207,7 @@ def linear_preference_loss(
         mismatched,
         token_kl_N=token_kl,
         vocab_size=weight.shape[0],
+        diagnostics=diagnostics,
     )
     return _from_token_logps(out, layout, loss, given, normalizer, tail_impl(impl), state)
 
@@ -222,13 +232,14 @@ def logits_preference_loss(
     mismatched: Tensor | None = None,
     token_kl: Tensor | None = None,
     state: nn.Module | None = None,
+    diagnostics: bool = False,
 ) -> PreferenceOutput:
     """`preference_loss` from logits: on a GPU one launch forward, one backward over the logits themselves.
 
     Args:
         logits: (N, V) or (B, T, V) raw logits that predict the packed response tokens, any floating dtype and strides;
             labels, softcap, logit_scale, temperature, ignore_index, outputs, keep_logits: as in `logits_token_logps`.
-        layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state: as in
+        layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state, diagnostics: as in
             `preference_loss`. Rows with ignore_index count nowhere.
         impl: "auto" (one fused Triton launch on a GPU, torch elsewhere), "triton" or "eager". A loss that needs all
             scores before its link takes two launches.
@@ -247,6 +258,7 @@ def logits_preference_loss(
         mismatched,
         token_kl_N=token_kl,
         vocab_size=logits.shape[-1],
+        diagnostics=diagnostics,
     )
     eager = impl == "eager" or impl == "auto" and not uses_triton(logits.device, logits.dtype)
     if eager or not _fits_one_launch(loss, token_kl, outputs):
@@ -350,6 +362,7 @@ def _preference_loss(logps, layout, loss, given: Given, normalizer, impl, state)
     if len(normalizers) != len(parts):
         raise ValueError(f"{loss.name} has {len(parts)} parts, but {len(normalizers)} normalizers were given")
     loss.check_layout(layout)
+    _check_diagnostics(loss, given)
     results = [
         _one_loss(logps, layout, part.loss, _share(given, part.loss), own, impl, part.state)
         for part, own in zip(parts, normalizers)
@@ -367,6 +380,7 @@ def _share(given: Given, loss: Loss) -> Given:
         target_R=given.target_R if loss.target_kind else None,
         mismatched_R=given.mismatched_R if loss.needs_mismatched else None,
         token_kl_N=given.token_kl_N if loss.needs_token_kl else None,
+        diagnostics=given.diagnostics and loss.arity == "pair",
     )
 
 
@@ -416,7 +430,7 @@ def _prepare(layout, loss, device, wide: torch.dtype, given: Given, state, logps
         own_G = loss.group_weight(batch)
         own_G = None if own_G is None else own_G.to(wide)
         weight_G = own_G if weight_G is None else weight_G if own_G is None else weight_G * own_G
-        return _Tail(loss, batch, tail_index, ref_logps, scale_R, margin, target_R, weight_G)
+        return _Tail(loss, batch, tail_index, ref_logps, scale_R, margin, target_R, weight_G, given.diagnostics)
 
 
 def _alive(layout: Layout, index: TailIndex, weights_N: Tensor | None, wide: torch.dtype) -> Tensor | None:
@@ -424,7 +438,7 @@ def _alive(layout: Layout, index: TailIndex, weights_N: Tensor | None, wide: tor
     if weights_N is not None:
         sums = reference.span_sums((weights_N != 0).to(wide), index.row_order_offsets)
         tokens_S = torch.empty_like(sums).index_copy(0, index.token_order_S, sums)
-    elif layout.has_empty_group:
+    elif layout.has_empty_group or index is not layout.index(index.group_offsets.device):  # regrouped: empty with empty
         tokens_S = (index.segment_end_S - index.segment_start_S).to(wide)
     else:
         return None
@@ -455,8 +469,32 @@ def _finish(summed, score_S, logps_N, tail: _Tail, normalizer, metrics, x_N=None
         counted = reference.log_ratios(
             logps_N, None, None if batch.weights_N is None else (batch.weights_N != 0).float()
         )
-        own = tail.loss.metrics(score_R, reference.span_sums(counted, batch.index.response_offsets), batch)
+        logp_R = reference.span_sums(counted, batch.index.response_offsets)
+        own = tail.loss.metrics(score_R, logp_R, batch)
+        if tail.diagnostics:
+            own.update(_gradient_ratios(logps_N if x_N is None else x_N, logp_R, tail))
     return PreferenceOutput(summed / normalizer, {**own, **metrics}, logps_N, score_S)
+
+
+def _gradient_ratios(x_N: Tensor, logp_R: Tensor, tail: _Tail) -> dict[str, Tensor]:
+    batch, offsets, before = tail.batch, tail.batch.index.response_offsets, tail.loss.uncorrected()
+    ref_R = None
+    if tail.ref_logps_N is not None:
+        counted = None if batch.weights_N is None else (batch.weights_N != 0).float()
+        ref_R = reference.span_sums(reference.log_ratios(tail.ref_logps_N, None, counted), offsets)
+
+    def ratios(tail: _Tail, suffix: str) -> dict[str, Tensor]:
+        x = x_N.detach().requires_grad_()
+        with torch.enable_grad():
+            (g_N,) = torch.autograd.grad(_eager_tail(x, tail)[0], x)
+        grad_R = reference.span_sums(g_N, offsets) / batch.count_R.clamp(min=1)
+        return gradient_ratios(grad_R, logp_R, batch.count_R, ref_R, suffix)
+
+    out = ratios(tail, "")
+    if before is not None:
+        tail = replace(tail, loss=before, scale_R=before.scale(batch), target_R=before.target(batch))
+        out.update(ratios(tail, "_before"))
+    return out
 
 
 def _row_metrics(out: TokenLogpsOutput, mask: Tensor) -> dict[str, Tensor]:
@@ -477,8 +515,16 @@ def _use_triton(impl: str, logps: Tensor) -> bool:
     return impl == "auto" and uses_triton(logps.device, logps.dtype)
 
 
+def _check_diagnostics(loss: Loss, given: Given) -> None:
+    if given.diagnostics and loss.arity != "pair":
+        raise ValueError(
+            f"diagnostics compare the responses of a pair, but {loss.name} is not of pairs; leave them out"
+        )
+
+
 def _check_tail(rows_N: Tensor, layout: Layout, loss: Loss, given: Given) -> None:
     loss.check_layout(layout)
+    _check_diagnostics(loss, given)
     needs = (
         (loss.needs_reference, given.ref_logps_N, "compares with a reference", "uses no reference", "ref_logps",
          "(N,) from token_logps of the reference model"),
