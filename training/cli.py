@@ -1,4 +1,4 @@
-"""The command line: `prefkern train | demo | losses | doctor`.
+"""The command line: `prefkern train | demo | losses | score-critical-tokens | doctor`.
 
 Errors that the user can mend are one sentence on stderr and exit status 2; PREFKERN_DEBUG=1 shows where they arose.
 Nothing but argparse is imported before a command is chosen.
@@ -80,9 +80,59 @@ def build_parser(with_demo: bool = False) -> argparse.ArgumentParser:
     table.add_argument("--markdown", action="store_true", help="print all pages as the text of docs/losses.md")
     table.set_defaults(run=_losses)
 
+    score = commands.add_parser(
+        "score-critical-tokens",
+        help="weigh the tokens of a dataset for critical_token_dpo",
+        description="Weigh every token of a preference dataset by how differently two models see it, one tuned on right"
+        " answers and one on wrong answers: adds columns chosen_token_weights and rejected_token_weights, which"
+        " critical_token_dpo trains with. Give the limits that training will have.",
+        epilog="example: prefkern score-critical-tokens pairs.jsonl --model Qwen/Qwen3-1.7B --positive lora/right"
+        " --negative lora/wrong --output weighted.parquet",
+    )
+    _add_score_options(score)
+    score.set_defaults(run=_score)
+
     doctor = commands.add_parser("doctor", help="show versions, devices, and which kernels would run and why")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_score_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", help=".json, .jsonl or .parquet file, folder of save_to_disk, or hub name")
+    add("--positive", required=True, metavar="MODEL", help="model, or with --model adapter, tuned on right answers")
+    add("--negative", required=True, metavar="MODEL", help="the same, tuned on wrong answers")
+    add("--model", metavar="MODEL", help="model that the two adapters belong to")
+    add("--output", required=True, metavar="PATH", help=".jsonl or .parquet file, or a folder for load_from_disk")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--only-rejected", dest="both", action="store_false", help="chosen tokens weigh 1, as in the authors' code; default"
+    )
+    which.add_argument("--both", action="store_true", help="a chosen token weighs 1 less its score")
+    parser.set_defaults(both=False)
+    add("--gamma", type=float, default=1.0, help="strength of the contrast (%(default)s)")
+    data = parser.add_argument_group("data, as in the data section of a training file")
+    data.add_argument("--split", default="train", help="split that is scored (%(default)s)")
+    data.add_argument("--config", metavar="NAME", help="configuration of a hub dataset")
+    data.add_argument(
+        "--column", action="append", default=[], metavar="STANDARD=OWN",
+        help="the data's own name of prompt, chosen or rejected; may be given several times",
+    )  # fmt: skip
+    data.add_argument("--limit", type=int, metavar="ROWS", help="the first rows only")
+    for name in ("--max-prompt-length", "--max-response-length", "--max-length"):
+        data.add_argument(name, type=int, metavar="TOKENS")
+    data.add_argument("--no-append-eos", dest="append_eos", action="store_false", help="do not end responses with EOS")
+    data.add_argument("--num-proc", type=int, metavar="N", help="processes that tokenise")
+    how = parser.add_argument_group("models")
+    how.add_argument("--tokenizer", metavar="NAME", help="that of --model or --positive unless set")
+    how.add_argument("--eos-token", metavar="TOKEN", help="token that ends a response, the tokenizer's own unless set")
+    how.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="weights (%(default)s)"
+    )
+    how.add_argument("--device", help="cuda where there is one, else cpu, unless set")
+    how.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="rows at a time (%(default)s)")
+    how.add_argument("--workspace-bytes", type=int, metavar="BYTES", help="scratch memory for logits")
+    how.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -116,6 +166,12 @@ def _losses(args: argparse.Namespace) -> int:
     else:
         print(registry_docs.page(args.name) if args.name else registry_docs.table())
     return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from prefkern.training import critical_tokens
+
+    return critical_tokens.main(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:
