@@ -364,10 +364,11 @@ def test_equal_rewards_pull_back_to_the_anchor():
 
 
 def test_equal_rewards_are_uniform_in_fp32_too():
-    reward = torch.full((1, 7), 0.1).masked_fill(torch.tensor([[False] * 6 + [True]]), 0.0)
-    valid = torch.tensor([[True] * 6 + [False]])
-    q = L.Softmax(eps=1e-8).make(reward, valid)
-    torch.testing.assert_close(q, torch.tensor([[1 / 6] * 6 + [0.0]]))
+    """The mean of equal numbers may be rounded away from them, and eps is smaller than that."""
+    for size in range(2, 14):
+        reward = torch.rand(50, 1, generator=torch.Generator().manual_seed(size)).expand(50, size)
+        q = L.Softmax(eps=1e-8).make(reward, torch.ones(50, size, dtype=torch.bool))
+        torch.testing.assert_close(q, torch.full((50, size), 1 / size))
 
 
 @pytest.mark.parametrize("impl, dtype", [("eager", torch.float64), ("triton", torch.float32)])
