@@ -106,7 +106,10 @@ def _add_score_options(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="PATH", help=".jsonl or .parquet file, or a folder for load_from_disk")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--only-rejected", dest="both", action="store_false", help="chosen tokens weigh 1, as in the authors' code; default"
+        "--only-rejected",
+        dest="both",
+        action="store_false",
+        help="chosen tokens weigh 1, as in the authors' code; default",
     )
     which.add_argument("--both", action="store_true", help="a chosen token weighs 1 less its score")
     parser.set_defaults(both=False)
