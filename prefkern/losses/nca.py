@@ -34,7 +34,7 @@ class NCA(PairLoss):
     beta: float = ranged(0.1, 0, 100, "0.01 to 0.5 in practice", open_low=True)
 
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-        chosen, rejected = (self.beta * score_GK - margin).unbind(1)
+        chosen, rejected = self.beta * score_GK[:, 0] - margin, self.beta * score_GK[:, 1] - margin
         return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
     def link_params(self) -> tuple[float, ...]:
