@@ -54,7 +54,8 @@ setup(
         "xxhash>=3",
     ],
     extras_require={
-        "test": ["kernels", "pytest>=8.1"],  # `kernels` is Hugging Face's: its name is that of our folder
+        # `kernels` is Hugging Face's: its name is that of our folder. trl is what the losses are compared with.
+        "test": ["kernels", "pytest>=8.1", "trl>=1.16; python_version >= '3.11'"],
         "bench": ["pytest>=8.1", "pytest-benchmark>=4"],
     },
     entry_points={"console_scripts": ["prefkern = prefkern.training.cli:main"]},
