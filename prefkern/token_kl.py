@@ -131,7 +131,8 @@ def _forward(
     n, vocab, head, step = hidden_ND.shape[0], weight_VD.shape[0], call.head, call.plan.rows_per_chunk
     scale = head.logit_scale / head.temperature
     scratch, ref_scratch = hidden_ND.new_empty(min(step, n), vocab), ref_hidden_NE.new_empty(min(step, n), vocab)
-    kl_N, lse_N, ref_lse_N = hidden_ND.new_empty((3, n), dtype=reference.accumulator(hidden_ND.dtype)).unbind(0)
+    wide = reference.accumulator(hidden_ND.dtype)
+    kl_N, lse_N, ref_lse_N = (hidden_ND.new_empty(n, dtype=wide) for _ in range(3))
     unit_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if gradient else None
     for i in range(0, n, step):
         chunk = slice(i, min(i + step, n))

@@ -188,6 +188,16 @@ def test_the_reference_may_have_another_dtype_and_gets_no_gradient():
 
 
 @pytest.mark.parametrize("needs", ["h", "hw"])
+def test_the_result_may_be_written_over(needs):
+    (hidden, weight, _, ref_hidden, ref_weight, _), _ = make(6, 8, 50, bias=False)
+    hidden.requires_grad_()
+    weight.requires_grad_("w" in needs)
+    kl = pk.token_kl(hidden, weight, ref_hidden, ref_weight)
+    (want,) = torch.autograd.grad(kl.sum(), hidden, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(kl.mul_(2).sum(), hidden)[0], 2 * want)
+
+
+@pytest.mark.parametrize("needs", ["h", "hw"])
 def test_double_backward_raises(needs):
     (hidden, weight, _, ref_hidden, ref_weight, _), _ = make(6, 8, 50, bias=False)
     hidden.requires_grad_()
