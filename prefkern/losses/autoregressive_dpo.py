@@ -22,7 +22,8 @@ class AutoregressiveDPO(DPO):
     saturates as a whole. At policy = reference L is log 2 a segment, and the gradient is DPO's.
 
     Fields:
-        beta, label_smoothing: as in `dpo`; f_divergence, f_alpha: likewise, of each S(i).
+        beta, label_smoothing: as in `dpo`.
+        f_divergence, f_alpha: as in `dpo`, of each S(i).
         granularity: Static(k), Adaptive(m), or Boundaries(...); None: one segment a response, which is `dpo`.
         segment_reduction: "sum" over a pair's segments, or "mean".
         accumulate: "segment" compares segments by themselves; "prefix" compares everything up to a segment's end.
