@@ -126,7 +126,7 @@ def test_what_moves_with_the_policy_is_resumed_bitwise(tmp_path, monkeypatch, na
             assert all(torch.equal(found[k], expected[k]) for k in expected), file
     if name == "loss state":
         state = load_file(resumed.model / "loss_state.safetensors")
-        assert state["count"] == 16 and state["mean"] != 0, "one update a training micro-batch"
+        assert state["weight"] == 16 and state["average"] != 0, "one update a training micro-batch"
 
 
 def test_a_checkpoint_without_its_reference_is_told(tmp_path):
