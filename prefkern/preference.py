@@ -516,6 +516,8 @@ def _use_triton(impl: str, logps: Tensor) -> bool:
 
 
 def _check_diagnostics(loss: Loss, given: Given) -> None:
+    if given.diagnostics and torch.is_inference_mode_enabled():
+        raise ValueError("diagnostics differentiate, which torch.inference_mode forbids; use torch.no_grad")
     if given.diagnostics and loss.arity != "pair":
         raise ValueError(
             f"diagnostics compare the responses of a pair, but {loss.name} is not of pairs; leave them out"

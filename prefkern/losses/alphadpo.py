@@ -102,11 +102,10 @@ class AlphaDPO(PairLoss):
         if self.stats == "fixed":
             return (g - self.mean) / max(self.std, self.eps)
         mean, std, count = global_moments(g, pairs_that_count(batch))
-        moments, known = torch.stack([mean, std]), torch.stack([count > 0, count > 1])
-        weight = known.to(moments)
+        moments, weight = torch.stack([mean, std]), torch.stack([count > 0, count > 1]).to(mean)  # 0: nothing known
         if self.stats != "batch":
-            amount, keep = torch.where(known, 1 - self.decay, 0.0), torch.where(known, self.decay, 1.0)
-            moments, weight = running(batch.state, moments, amount.to(moments), keep.to(moments))
+            amount = (1 - self.decay) * weight
+            moments, weight = running(batch.state, moments, amount, 1 - amount)
             moments = moments * weight if self.stats == "ema_uncorrected" else moments
         mean, std = moments
         return torch.where(weight[1] > 0, (g - mean) / std.clamp(min=self.eps), 0.0)
