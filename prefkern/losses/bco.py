@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from prefkern.losses.base import Batch, PairLoss, choice, ranged, register
+from prefkern.losses.statistics import RunningAverage, global_mean, pairs_that_count, running
 
 
 @register("bco")
@@ -22,7 +22,7 @@ class BCO(PairLoss):
         beta: as in `dpo`.
         shift: "none": delta = 0, as TRL 1.16 does. "running_mean": delta is the mean, over the batches seen in training
             and this one, of a batch's mean reward over both kinds of responses, without gradient, as TRL 0.24 does; a
-            batch is what one call sees, on one device. In evaluation delta stays what training left (before any: the
+            batch is what one call sees on all ranks. In evaluation delta stays what training left (before any: the
             batch's own mean reward).
     Source:
         Jung et al. 2024, arXiv:2404.04656, as in TRL's code ("bco_pair").
@@ -46,13 +46,15 @@ class BCO(PairLoss):
         return self.shift != "none"
 
     def new_state(self) -> nn.Module | None:
-        return RunningMean() if self.shift != "none" else None
+        return RunningAverage() if self.shift != "none" else None
 
     def margin(self, batch: Batch) -> float | Tensor:
-        if self.shift == "none" or batch.layout.num_responses == 0:
+        if self.shift == "none":
             return 0.0
-        mean = self.beta * (batch.logp_R - batch.ref_R).mean()
-        return (mean if batch.state is None else batch.state(mean)).expand(batch.layout.num_groups)
+        counted_R = pairs_that_count(batch).repeat_interleave(2)
+        mean, count = global_mean(self.beta * (batch.logp_R - batch.ref_R), counted_R)
+        delta, _ = running(batch.state, mean[None], (count > 0).to(mean))  # every batch with a pair counts the same
+        return delta.expand(batch.layout.num_groups)
 
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
         chosen, rejected = (self.beta * score_GK).unbind(1)
@@ -60,19 +62,3 @@ class BCO(PairLoss):
 
     def link_params(self) -> tuple[float, ...]:
         return self.beta, 0.0, 1.0
-
-
-class RunningMean(nn.Module):
-    """Mean of all values shown in training mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, value: Tensor) -> Tensor:
-        """The mean, this value included; in evaluation mode the mean as it is, or the value if there is none yet."""
-        if self.training:
-            self.count += 1
-            self.mean += (value - self.mean) / self.count
-        return torch.where(self.count > 0, self.mean, value).to(value.dtype)
