@@ -640,6 +640,27 @@ def test_running_average_of_everything_seen():
     assert average.item() == pytest.approx(3.5)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: there is no stream to wait for on a CPU")
+@pytest.mark.parametrize(
+    "loss", [AdaDPO(), AdaDPO(base="orpo"), AlphaDPO(), AlphaDPO(stats="batch"), AOT(), AOTUnpaired(), KTO()], ids=repr
+)
+def test_no_host_sync(loss):
+    single = loss.arity == "single"
+    layout = pk.Layout.sequences(LAYOUT.lengths) if single else LAYOUT
+    (logps, ref), state = draw(dtype=torch.float32, device=DEVICE), loss.new_state()
+    given = dict(
+        ref_logps=ref if loss.needs_reference else None, state=None if state is None else state.to(DEVICE),
+        targets=torch.ones(layout.num_responses, device=DEVICE) if single else None,
+        mismatched=ref if single else None, diagnostics=not single,
+    )  # fmt: skip
+    for attempt in range(2):  # the first call compiles kernels and copies the layout
+        torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+        try:
+            pk.preference_loss(logps, layout, loss, **given).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def _rank(rank: int, file: str, layouts) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
@@ -672,6 +693,7 @@ def _rank(rank: int, file: str, layouts) -> None:
     torch.testing.assert_close(mine, whole)
 
 
+@pytest.mark.slow
 def test_statistics_over_two_processes(tmp_path):
     layouts = [(CHOSEN[:2], REJECTED[:2]), (CHOSEN[2:], REJECTED[2:])]
     mp.spawn(_rank, (str(tmp_path / "rendezvous"), layouts), nprocs=2)
