@@ -155,19 +155,22 @@ def _forward(
 
 
 def _row_kl(z: Tensor, z_ref: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL, both log-sum-exps, and p - q, of a few rows.
+    """KL, both log-sum-exps, and p - q, of a few rows; writes over both.
 
     What is summed is q (log q - log p) - q + p, at least 0 in every entry: p and q add up to 1 only up to the rounding
     of their normalisers, which a small divergence would drown in, and the last two terms take that back.
     """
-    top, ref_top = z.amax(1), z_ref.amax(1)
-    log_p, log_q = z.log_softmax(1), z_ref.log_softmax(1)
-    lse, ref_lse = top - log_p.amax(1), ref_top - log_q.amax(1)
-    q = log_q.exp()
-    apart = log_q.sub_(log_p).masked_fill_(q == 0, 0.0)  # before the product: 0 times an infinity is NaN
-    dz = log_p.exp_().sub_(q)
-    kl = apart.mul_(q).add_(dz).sum(1).clamp_(min=0.0)
-    return kl, lse, ref_lse, dz
+
+    p, q = z.softmax(1), z_ref.softmax(1)
+    top, ref_top, p_top, q_top = (x.amax(1, keepdim=True) for x in (z, z_ref, p, q))
+    # The largest p is 1 / sum exp(z - top). Of two such sums that are nearly equal, the logarithm of the ratio has more
+    # digits than the difference of the logarithms.
+    lse, ref_lse = top - p_top.log(), ref_top - q_top.log()
+    apart = z_ref.sub_(ref_top).sub_(z.sub_(top)).add_((q_top / p_top).log_())
+    dz = p.sub_(q)
+    # Where q is 0 the product with an infinity is NaN, and means 0; a NaN of the logits themselves is in dz too.
+    kl = apart.mul_(q).nan_to_num_(0.0, torch.inf, -torch.inf).add_(dz).sum(1).clamp_(min=0.0)
+    return kl, lse[:, 0], ref_lse[:, 0], dz
 
 
 def _backward(
