@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import tiny
+from prefkern.losses import CriticalTokenDPO
 from prefkern.training.cli import main
+from prefkern.training.collator import PackedCollator
+from prefkern.training.columns import Needs
 from prefkern.training.config import DataConfig
 from prefkern.training.data import prepare_dataset
 
@@ -120,6 +123,17 @@ def test_limits_are_those_of_training_and_what_they_cut_weighs_1(folder, tmp_pat
     assert [len(w) for w in got] == [len(ids) for ids in full["rejected_ids"]] and max(map(len, got)) > 3
     close([w[:3] for w in got], want)
     assert all(x == 1.0 for w in got for x in w[3:])
+
+
+def test_training_reads_what_was_written(folder, tmp_path):
+    """Each token that is left after truncation keeps its own weight."""
+    folder, _ = folder
+    got = score(folder, tmp_path, *models(folder), "--max-response-length", "4")
+    data, needs = DataConfig(train="", max_response_length=4), Needs.of(CriticalTokenDPO())
+    rows = prepare_dataset(got, tiny.tokenizer(), data, needs)
+    batch = PackedCollator("pair")(list(rows))
+    want = [w for row in got for side in ("chosen", "rejected") for w in row[f"{side}_token_weights"][:4]]
+    assert batch["token_weights"].tolist() == pytest.approx(want) and len(want) == batch["layout"].num_tokens
 
 
 @pytest.mark.parametrize(
