@@ -5,6 +5,7 @@
 #   make demo       train a small model on preferences and report what it gained
 #   make bench      time and memory against plain torch, as one table
 #   make docs       write docs/losses.md again, from what the registry of losses says
+#   make studies    what the losses do: small seeded experiments, every table and picture of bench/studies again
 #   make clean      remove the environment and everything built (never runs/)
 #
 # Variables: PYTHON (an interpreter, 3.10 or newer), VENV (.venv), ARGS (handed on to the command of the target).
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10 python
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: test test-all demo bench docs clean
+.PHONY: test test-all demo bench docs studies clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(if $(CI),,-m "not slow") $(ARGS)
@@ -34,6 +35,9 @@ docs: $(STAMP)
 	mkdir -p docs
 	$(BIN)/prefkern losses --markdown > docs/losses.md.partial
 	mv docs/losses.md.partial docs/losses.md
+
+studies: $(STAMP)
+	$(BIN)/python -m bench.studies $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .benchmarks
