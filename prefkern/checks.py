@@ -153,7 +153,7 @@ class _Frozen:
             batch.ref_logps, batch.token_weights, None, batch.targets, batch.mismatched, batch.stats, batch.token_kl, 64
         )
         self.tails = []
-        for weight, part, _ in loss.parts():
+        for weight, part, _ in loss.addends():
             share, device = _share(given, part), batch.logps.device
             tail = _prepare(batch.layout, part, device, torch.float64, share, None, batch.logps)
             self.tails.append((weight, tail))

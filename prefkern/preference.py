@@ -111,7 +111,7 @@ def preference_loss(
         score_s = scale * sum over segment s of token_weight_n * (logp_n - ref_logp_n)
         loss    = sum_g weight_g * link(scores of group g, targets of group g, margin_g) / normalizer
 
-    A group in which no token counts has weight 0. A loss of several parts (`nll_weight`, `combination`) is the sum of
+    A group in which no token counts has weight 0. A loss of several addends (`nll_weight`, `combination`) is the sum of
     theirs, each divided by its own normalizer.
 
     Args:
@@ -124,7 +124,7 @@ def preference_loss(
             one, but not from a length.
         mask: (N,) bool, or 0 and 1; False removes a token from sums, lengths and metrics.
         normalizer: what the sum over groups is divided by; None: number of prompts (`nll`: of counted tokens). With
-            gradient accumulation or several ranks, pass the count of the whole batch; one for each part of the loss
+            gradient accumulation or several ranks, pass the count of the whole batch; one for each addend of the loss
             (`loss.normalizers`) where it has several.
         impl: "auto" (Triton on a GPU, torch elsewhere), "triton" or "eager".
         targets: (R,) what the data says of each response, for losses with a `target_kind`: "score" (any real number),
@@ -140,8 +140,8 @@ def preference_loss(
             tail in plain torch.
     Returns:
         PreferenceOutput. metrics: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies,
-        logps/chosen, logps/rejected for pairs; what others report, their `metrics` says. loss/<part> where there are
-        several parts.
+        logps/chosen, logps/rejected for pairs; what others report, their `metrics` says. loss/<name> where there are
+        several addends.
     Gradient:
         With respect to logps and token_kl; all else is data.
     Raises:
@@ -337,11 +337,11 @@ def tail_impl(impl: str) -> str:
 
 
 def _row_outputs(loss: Loss) -> tuple[str, ...]:
-    return tuple(name for part in loss.parts() for name in part.loss.row_outputs)
+    return tuple(name for term in loss.addends() for name in term.loss.row_outputs)
 
 
 def _fits_one_launch(loss: Loss, token_kl: Tensor | None, outputs: Collection[str]) -> bool:
-    simple = len(loss.parts()) == 1 and not loss.needs_first_pass and not loss.row_outputs
+    simple = loss.is_one and not loss.needs_first_pass and not loss.row_outputs
     return simple and token_kl is None and "log_collision" not in outputs
 
 
@@ -355,25 +355,28 @@ def _from_token_logps(out, layout, loss, given: Given, normalizer, impl, state) 
 
 
 def _preference_loss(logps, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:
-    parts = loss.parts(state)
-    if len(parts) == 1:
-        return _one_loss(logps, layout, loss, given, normalizer, impl, parts[0].state)
-    normalizers = [None] * len(parts) if normalizer is None else list(normalizer)
-    if len(normalizers) != len(parts):
-        raise ValueError(f"{loss.name} has {len(parts)} parts, but {len(normalizers)} normalizers were given")
+    if loss.is_one:
+        return _one_loss(logps, layout, loss, given, normalizer, impl, state)
+    addends = loss.addends(state)
+    normalizers = [None] * len(addends) if normalizer is None else list(normalizer)
+    if len(normalizers) != len(addends):
+        raise ValueError(f"{loss.name} has {len(addends)} addends, but {len(normalizers)} normalizers were given")
     loss.check_layout(layout)
     _check_diagnostics(loss, given)
     results = [
-        _one_loss(logps, layout, part.loss, _share(given, part.loss), own, impl, part.state)
-        for part, own in zip(parts, normalizers)
+        _one_loss(logps, layout, term.loss, _share(given, term.loss), own, impl, term.state)
+        for term, own in zip(addends, normalizers)
     ]
-    total = sum(part.weight * result.loss for part, result in zip(parts, results))
-    metrics = {f"loss/{part.loss.name}": result.loss.detach() for part, result in zip(parts, results)}
+    total = sum(term.weight * result.loss for term, result in zip(addends, results))
+    metrics: dict[str, Tensor] = {}
+    for term, result in zip(addends, results):
+        again = sum(name.split("#")[0] == f"loss/{term.loss.name}" for name in metrics)
+        metrics[f"loss/{term.loss.name}" + f"#{again + 1}" * bool(again)] = result.loss.detach()
     return PreferenceOutput(total, {**results[0].metrics, **metrics}, logps.detach(), results[0].scores)
 
 
 def _share(given: Given, loss: Loss) -> Given:
-    """What one part of a sum looks at: the others' reference and targets are not its concern."""
+    """What one addend looks at: the others' reference and targets are not its concern."""
     return replace(
         given,
         ref_logps_N=given.ref_logps_N if loss.needs_reference else None,

@@ -8,6 +8,7 @@ import torch
 
 import tiny
 from prefkern.training.collator import PackedCollator
+from prefkern.training.columns import Needs
 from prefkern.training.config import DataConfig
 from prefkern.training.data import prepare_dataset
 from prefkern.training.errors import DataError
@@ -27,9 +28,8 @@ def prepare(rows: list[dict], tokenizer=TOK, arity="pair", vocab_size=None, boun
         datasets.Dataset.from_list(rows),
         tokenizer,
         DataConfig(train="x", **options),
-        arity=arity,
+        Needs(arity, boundaries),
         vocab_size=vocab_size,
-        boundaries=boundaries,
     )
     return list(made)
 

@@ -414,10 +414,27 @@ def test_a_combination_is_the_sum_by_hand(impl):
     torch.testing.assert_close(grad, sum(w * g for (w, _), (_, g) in zip(parts, each)))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_combination_of_one_is_that_loss_times_its_weight(impl):
+    value, grad = run(pk.losses.Combination(parts=((0.5, pk.losses.Hinge()),)), impl)
+    one, one_grad = run(pk.losses.Hinge(), impl)
+    torch.testing.assert_close(value, 0.5 * one)
+    torch.testing.assert_close(grad, 0.5 * one_grad)
+
+
+def test_a_combination_names_equal_losses_apart():
+    parts = ((1.0, pk.losses.DPO()), (2.0, pk.losses.DPO(beta=0.3)))
+    layout, logps = pk.Layout.pairs([2], [2]), -torch.rand(4)
+    out = pk.preference_loss(logps, layout, pk.losses.Combination(parts=parts), ref_logps=torch.zeros(4))
+    first, second = (pk.preference_loss(logps, layout, loss, ref_logps=torch.zeros(4)).loss for _, loss in parts)
+    torch.testing.assert_close(out.metrics["loss/dpo"], first)
+    torch.testing.assert_close(out.metrics["loss/dpo#2"], second)
+
+
 def test_a_combination_flattens_its_parts():
     inner = pk.losses.Combination(parts=((2.0, pk.losses.DPO(nll_weight=0.5)), (1.0, pk.losses.Hinge())))
     outer = pk.losses.Combination(parts=((1.0, pk.losses.NLL()), (3.0, inner), (0.5, pk.losses.Hinge())))
-    assert [(p.weight, p.loss.name) for p in outer.parts()] == [(6.0, "dpo"), (3.5, "hinge"), (4.0, "nll")]
+    assert [(p.weight, p.loss.name) for p in outer.addends()] == [(6.0, "dpo"), (3.5, "hinge"), (4.0, "nll")]
     value, grad = run(outer)
     by_hand = [run(loss) for loss in (pk.losses.DPO(), pk.losses.Hinge(), pk.losses.NLL())]
     torch.testing.assert_close(value, sum(w * v for w, (v, _) in zip((6.0, 3.5, 4.0), by_hand)))
@@ -483,7 +500,7 @@ def test_accumulated_micro_batches_of_a_combination_add_up():
         (lambda: pk.losses.DPO(f_divergence="kl"), "'reverse_kl', 'forward_kl', 'js', 'alpha'"),
         (lambda: pk.losses.DPO(f_divergence="alpha", f_alpha=7), "f_alpha=7 must be a number in [-1, 2]"),
         (lambda: pk.losses.get("nca", f_divergence="js"), "nca has no option 'f_divergence'"),
-        (lambda: pk.losses.Combination(parts=((1.0, pk.losses.DPO()),)), "is one loss; use that loss itself"),
+        (lambda: pk.losses.Combination(parts=()), "parts is empty"),
         (lambda: pk.losses.Combination(parts=(pk.losses.DPO(), pk.losses.NLL())), "must be a (weight, loss) tuple"),
         (lambda: pk.losses.Combination(parts=((-1, pk.losses.DPO()), (1, pk.losses.NLL()))), "weight=-1 of dpo"),
     ],

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 import tiny
 from prefkern import losses
 from prefkern.granularity import Adaptive
+from prefkern.training.columns import Needs
 from prefkern.training.config import Config, DataConfig
 from prefkern.training.data import prepare_dataset
 from prefkern.training.errors import ConfigError
@@ -35,7 +36,7 @@ LOSSES = {
 
 def trainer(tmp_path, loss, *, model=None, reference="auto", rows=16, **args) -> PreferenceTrainer:
     texts = tiny.completions(rows) if loss.arity == "single" else tiny.pairs(rows)
-    data = prepare_dataset(datasets.Dataset.from_list(texts), tiny.tokenizer(), DataConfig(train="x"), arity=loss.arity)
+    data = prepare_dataset(datasets.Dataset.from_list(texts), tiny.tokenizer(), DataConfig(train="x"), Needs.of(loss))
     options = dict(
         use_cpu=True,
         report_to="none",

@@ -36,10 +36,12 @@ class RunConfig:
     Fields:
         output: the run folder; a configuration file's name under runs/ unless set.
         resume: continue the run in that folder from its newest whole checkpoint.
+        gradient_ratios: log how hard a pair loss pulls on either response, see `prefkern.diagnostics`.
     """
 
     output: str = "runs/run"
     resume: bool = False
+    gradient_ratios: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,13 @@ class DataConfig:
         config: configuration name of a hub dataset.
         split, eval_split: splits taken from `train` and `eval`. eval_split without eval is a split of `train`.
         eval_size: without eval and eval_split, rows (a whole number) or fraction (below 1) held out of train.
-        columns: maps a standard column (prompt, chosen, rejected, completion) to the dataset's own name.
+        columns: maps a standard column (prompt, chosen, rejected, completions, scores...) to the dataset's own name.
         limit: train on the first rows only.
         max_prompt_length: tokens kept of a prompt, cut from the left.
         max_response_length: tokens kept of a response, cut from the right.
         max_length: tokens of prompt and response together, the model's context length unless set.
         append_eos: end every response with the end-of-sequence token unless it does already.
+        token_weights: read `<response>_token_weights` columns (losses that need them always do).
         num_proc: processes that tokenise.
     """
 
@@ -140,6 +143,7 @@ class DataConfig:
     max_response_length: int | None = None
     max_length: int | None = None
     append_eos: bool = True
+    token_weights: bool = False
     num_proc: int | None = None
 
     def __post_init__(self) -> None:

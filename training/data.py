@@ -26,21 +26,20 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
+from prefkern.training.columns import Needs, cells, feature, scatter, standard_columns, targets, token_weights
 from prefkern.training.config import DataConfig
-from prefkern.training.errors import DataError, nearest
+from prefkern.training.errors import DataError
 from prefkern.training.prompts import split_row
 
-RESPONSES = {"pair": ("chosen", "rejected"), "single": ("completion",)}
-_RECIPE = 2  # raise when the same row would become other tokens: it is part of the cache's key
+_RECIPE = 3  # raise when the same row would become other tokens: it is part of the cache's key
 
 
 def prepare_dataset(
     rows: datasets.Dataset,
     tokenizer,
     config: DataConfig,
+    needs: Needs | None = None,
     *,
-    arity: str = "pair",
-    boundaries: bool = False,
     vocab_size: int | None = None,
     context_length: int | None = None,
     name: str = "data.train",
@@ -48,43 +47,34 @@ def prepare_dataset(
     """Tokenise a dataset with `datasets.map`: progress bar, and cached by tokenizer, limits and rows.
 
     Args:
-        rows: columns `prompt` (or none: the common beginning of the responses) and the responses of the arity.
+        rows: columns `prompt` (pairs may have none: the common beginning of the responses) and what `needs` names.
         tokenizer: a transformers tokenizer.
         config: limits, column names and EOS handling.
-        arity: "pair" reads chosen and rejected, "single" reads completion.
-        boundaries: also read `<response>_boundaries` and make `<response>_cuts`, counted in tokens.
+        needs: which columns are read, see `Needs.of(loss)`; None: those of pairs.
         vocab_size: the model's; a larger token id is an error.
         context_length: the model's; the default of max_length.
         name: what messages call the dataset.
     Returns:
-        Columns `prompt_ids`, one `<response>_ids` for each response, `length` (tokens that the model reads for the
-        row, by which Trainer can group) and `cut_tokens` (dropped by truncation).
+        Columns `prompt_ids`; `<response>_ids`, `<response>_cuts` (in tokens) and `<response>_token_weights` for each
+        response, lists of lists where a row holds a list of responses; `targets`, a number for each response;
+        `length` (tokens that the model reads for the row, by which Trainer can group) and `cut_tokens` (dropped by
+        truncation).
     Raises:
         DataError: a column is missing, the tokenizer has no EOS, or a row cannot be trained on; the message names
             the row, counted from 0.
     """
-    responses = RESPONSES[arity]
-    rows = _standard_columns(rows, responses, config.columns, name, boundaries)
-    maker = RowTokenizer(
-        tokenizer,
-        responses,
-        "prompt" in rows.column_names,
-        config.append_eos,
-        boundaries,
-        Limits(config.max_prompt_length, config.max_response_length, config.max_length or context_length),
-        vocab_size,
-        name,
-    )
+    needs = needs or Needs()
+    rows = standard_columns(rows, needs, config.columns, name)
+    limits = Limits(config.max_prompt_length, config.max_response_length, config.max_length or context_length)
+    maker = RowTokenizer(tokenizer, needs, tuple(rows.column_names), config.append_eos, limits, vocab_size, name)
     key = [rows._fingerprint, _RECIPE, tokenizer_key(tokenizer), maker.settings]
-    ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
-    features = {column: ids for column in maker.columns} | {"length": number, "cut_tokens": number}
     return rows.map(
         maker,
         batched=True,
         with_indices=True,
         num_proc=config.num_proc,
         remove_columns=rows.column_names,
-        features=datasets.Features(features),
+        features=maker.features,
         new_fingerprint=Hasher.hash(key),
         desc=f"Tokenising {name}",
     )
@@ -111,10 +101,9 @@ class RowTokenizer:
     """The function that `datasets.map` runs on batches of rows."""
 
     tokenizer: Any
-    responses: tuple[str, ...]
-    has_prompt: bool
+    needs: Needs
+    columns: tuple[str, ...]
     append_eos: bool
-    boundaries: bool
     limits: Limits
     vocab_size: int | None
     name: str
@@ -129,34 +118,55 @@ class RowTokenizer:
     @property
     def settings(self) -> tuple:
         """What, beside tokenizer and rows, decides the result."""
-        return self.responses, self.has_prompt, self.append_eos, self.boundaries, self.limits, self.vocab_size
+        return self.needs, self.columns, self.append_eos, self.limits, self.vocab_size
 
     @property
-    def columns(self) -> list[str]:
-        """Columns of lists of integers that it makes."""
-        cuts = [f"{r}_cuts" for r in self.responses] if self.boundaries else []
-        return ["prompt_ids", *(f"{r}_ids" for r in self.responses), *cuts]
+    def features(self) -> datasets.Features:
+        """Types of the columns that it makes."""
+        needs, number = self.needs, datasets.Value("int32")
+        kinds = {"{}_ids": "int32"}
+        kinds |= {"{}_cuts": "int32"} if needs.boundaries else {}
+        kinds |= {"{}_token_weights": "float32"} if needs.token_weights else {}
+        made = {"prompt_ids": datasets.Sequence(number)}
+        made |= {form.format(r): feature(needs.arity, kind) for form, kind in kinds.items() for r in needs.responses}
+        made |= {"targets": datasets.Sequence(datasets.Value("float32"))} if needs.target_kind else {}
+        return datasets.Features(made | {"length": number, "cut_tokens": number})
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
-        prompts = batch["prompt"] if self.has_prompt else [None] * len(indices)
-        texts = []
-        for i, prompt, *responses in zip(indices, prompts, *(batch[r] for r in self.responses)):
-            texts.append(self._at(i, split_row, prompt, responses, self.tokenizer))
-        out = {column: [] for column in [*self.columns, "length", "cut_tokens"]}
+        rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+        texts = [self._at(i, self._text, row) for i, row in zip(indices, rows)]
         prompt_ids = self._encode([t.prompt for t in texts])["input_ids"]
-        encoded = [self._encode([self._until_eos(t, r) for t in texts]) for r in range(len(self.responses))]
-        for n, (i, text) in enumerate(zip(indices, texts)):
-            ids = [e["input_ids"][n] for e in encoded]
-            prompt, responses, dropped = self._at(i, self._fit, text, prompt_ids[n], ids)
-            row = [prompt, *responses]
-            if self.boundaries:
-                given = [batch[f"{r}_boundaries"][n] for r in self.responses]
-                offsets = [e["offset_mapping"][n] for e in encoded]
-                row += self._at(i, self._cuts, text, given, offsets, responses)
-            length = len(responses) * (len(prompt) - 1) + sum(map(len, responses))
-            for column, value in zip(out, [*row, length, dropped]):
+        encoded = self._encode([self._until_eos(t, r) for t in texts for r in range(len(t.responses))])
+        responses = [dict(zip(encoded, values)) for values in zip(*(encoded[key] for key in encoded))]
+        out: dict[str, list] = {column: [] for column in self.features}
+        for i, row, text, prompt in zip(indices, rows, texts, prompt_ids):
+            mine, responses = responses[: len(text.responses)], responses[len(text.responses) :]
+            for column, value in self._at(i, self._row, row, text, prompt, mine).items():
                 out[column].append(value)
         return out
+
+    def _text(self, row: Mapping[str, Any]):
+        return split_row(row.get("prompt"), cells(row, self.needs, "", "text"), self.tokenizer)
+
+    def _row(self, row: Mapping[str, Any], text, prompt: list[int], encoded: list[Mapping]) -> dict[str, Any]:
+        """The columns made of one row."""
+        arity = self.needs.arity
+        prompt, whole, responses, dropped = self._fit(text, prompt, [e["input_ids"] for e in encoded])
+        made = {"prompt_ids": prompt, **scatter(responses, arity, "{}_ids")}
+        if self.needs.boundaries:
+            given = cells(row, self.needs, "_boundaries", "list of positions")
+            cuts = self._cuts(text, given, [e["offset_mapping"] for e in encoded], responses)
+            made |= scatter(cuts, arity, "{}_cuts")
+        if self.needs.token_weights:
+            weights = cells(row, self.needs, "_token_weights", "list of weights")
+            weights = weights or [None] * len(whole)
+            checked = [token_weights("token weights", w, len(ids)) for w, ids in zip(weights, whole)]
+            kept = [w[: len(ids)] for w, ids in zip(checked, responses)]
+            made |= scatter(kept, arity, "{}_token_weights")
+        if self.needs.target_kind:
+            made["targets"] = targets(row, self.needs)
+        made["length"] = len(responses) * (len(prompt) - 1) + sum(map(len, responses))
+        return made | {"cut_tokens": dropped}
 
     def _at(self, index: int, function, *args):
         try:
@@ -166,7 +176,7 @@ class RowTokenizer:
 
     def _encode(self, texts: list[str]) -> Mapping[str, list]:
         return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=self.boundaries
+            texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=self.needs.boundaries
         )
 
     def _until_eos(self, text, r: int) -> str:
@@ -177,8 +187,8 @@ class RowTokenizer:
         bare = response.rstrip()
         return bare if bare.endswith(eos) else response
 
-    def _fit(self, text, prompt: list[int], responses: list[list[int]]) -> tuple[list[int], list[list[int]], int]:
-        """Special tokens and truncation of one row: its prompt, its responses, and how many tokens were cut."""
+    def _fit(self, text, prompt: list[int], responses: list[list[int]]) -> tuple[list[int], list, list, int]:
+        """Special tokens and truncation of one row: prompt, whole and cut responses, and how many tokens were cut."""
         prompt = prompt if text.templated else self._with_bos(prompt)
         if not prompt:
             raise DataError("its prompt is empty and the tokenizer has no BOS token to stand for it: give it a prompt")
@@ -194,9 +204,9 @@ class RowTokenizer:
                 "set data.max_prompt_length (prompts are cut from the left) or raise data.max_length"
             )
         most = min(room, limits.response or room)
-        responses = [r if len(r) <= most else r[: int(most)] for r in responses]
-        self._check_vocabulary(max(max(prompt), *map(max, responses)))
-        return prompt, responses, whole - len(prompt) - sum(map(len, responses))
+        kept = [r if len(r) <= most else r[: int(most)] for r in responses]
+        self._check_vocabulary(max(max(prompt), *map(max, kept)))
+        return prompt, responses, kept, whole - len(prompt) - sum(map(len, kept))
 
     def _cuts(self, text, given: list[list[int]], offsets: list[list], responses: list[list[int]]) -> list[list[int]]:
         """Cut positions in tokens from positions in characters."""
@@ -241,29 +251,3 @@ class RowTokenizer:
                 f"its token {token!r} has the id {largest}, outside the model's vocabulary of {self.vocab_size}: "
                 "use the model's own tokenizer, or a model whose embeddings were resized for this one"
             )
-
-
-def _standard_columns(
-    rows: datasets.Dataset, responses: tuple[str, ...], columns: Mapping[str, str], name: str, boundaries: bool
-) -> datasets.Dataset:
-    """The dataset with its columns renamed to the standard names, and nothing but those."""
-    cuts = tuple(f"{r}_boundaries" for r in responses) if boundaries else ()
-    known = ("prompt", *responses, *cuts)
-    for standard, own in columns.items():
-        if standard not in known:
-            raise DataError(f"data.columns.{standard} is not a column that this loss reads: {nearest(standard, known)}")
-        if own not in rows.column_names:
-            raise DataError(
-                f"{name} has no column {own!r} (data.columns.{standard}): {nearest(own, rows.column_names)}"
-            )
-    wanted = {standard: columns.get(standard, standard) for standard in known}
-    needed = known if boundaries or len(responses) == 1 else responses
-    missing = [s for s in needed if wanted[s] not in rows.column_names]
-    if missing:
-        have = ", ".join(rows.column_names)
-        raise DataError(
-            f"{name} has no column {' and no column '.join(map(repr, missing))} (it has {have}): "
-            f"rename yours or name it with data.columns.{missing[0]}"
-        )
-    kept = {own: standard for standard, own in wanted.items() if own in rows.column_names}
-    return rows.select_columns(list(kept)).rename_columns({o: s for o, s in kept.items() if o != s})

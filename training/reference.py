@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from prefkern.losses import Loss
 from prefkern.token_logps import token_logps
 from prefkern.training.collator import PackedCollator
+from prefkern.training.columns import RESPONSES, Arity, feature, scatter
 from prefkern.training.config import HeadConfig, ReferenceConfig, ReferenceMode
-from prefkern.training.data import RESPONSES
 from prefkern.training.errors import ConfigError
 from prefkern.training.model import Tail, base_model, head_options
 
@@ -143,7 +143,7 @@ def add_reference_logps(
     rows: datasets.Dataset,
     model: nn.Module,
     *,
-    arity: str,
+    arity: Arity,
     head: HeadConfig,
     batch_size: int = 8,
     autocast: torch.dtype | None = None,
@@ -162,23 +162,24 @@ def add_reference_logps(
         autocast: the type that training will compute in, if it is not the weights'.
         name: what the progress bar calls the dataset.
     """
-    collate, responses, options = PackedCollator(arity), RESPONSES[arity], head_arguments(model, head)
+    collate, options = PackedCollator(arity), head_arguments(model, head)
     device = next(model.parameters()).device
 
     def compute(columns: dict[str, list]) -> dict[str, list]:
         batch = collate([dict(zip(columns, row)) for row in zip(*columns.values())])
-        lengths = list(batch["layout"].lengths)
+        layout = batch["layout"]
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
-            pieces = reference_logps(model, batch, options).cpu().split(lengths)
-        return {f"ref_{r}_logps": [p.tolist() for p in pieces[i :: len(responses)]] for i, r in enumerate(responses)}
+            pieces = iter(reference_logps(model, batch, options).cpu().split(list(layout.lengths)))
+        made = [scatter([next(pieces).tolist() for _ in range(n)], arity, "ref_{}_logps") for n in layout.group_sizes]
+        return {column: [row[column] for row in made] for column in made[0]}
 
-    logps = datasets.Sequence(datasets.Value("float32"))
+    added = {f"ref_{response}_logps": feature(arity, "float32") for response in RESPONSES[arity]}
     return rows.map(
         compute,
         batched=True,
         batch_size=batch_size,
-        features=datasets.Features({**rows.features, **{f"ref_{r}_logps": logps for r in responses}}),
+        features=datasets.Features({**rows.features, **added}),
         new_fingerprint=Hasher.hash(
             [rows._fingerprint, _weights_key(model), str(autocast), repr(sorted(options.items()))]
         ),

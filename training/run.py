@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from prefkern.losses import Loss
 from prefkern.planner import plan
 from prefkern.training.callbacks import JsonlMetrics, LinePrinter, ProgressBar, read_metrics
+from prefkern.training.columns import Needs
 from prefkern.training.config import Config, load_config
 from prefkern.training.data import prepare_dataset
 from prefkern.training.errors import ConfigError, ModelError
@@ -27,14 +28,13 @@ from prefkern.training.plots import draw_curves
 from prefkern.training.reference import add_reference_logps, resolve_reference
 from prefkern.training.resolve import (
     check_same_run,
-    cuts_from_data,
     resolve_loss,
     resolve_trainer,
     resolved,
     training_arguments,
 )
 from prefkern.training.sources import load_splits
-from prefkern.training.trainer import PreferenceTrainer
+from prefkern.training.trainer import PreferenceTrainer, packed_collator
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ def run_training(config: Config) -> RunResult:
         loss=loss,
         reference=reference,
         head=config.model.head,
+        data_collator=packed_collator(loss, config.data.max_length or _context(config)),
+        diagnostics=config.run.gradient_ratios,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
@@ -158,7 +160,7 @@ def _prepare(
     config: Config, loss: Loss, tokenizer, args: TrainingArguments
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     text_config = load_model_config(config.model).get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None)
+    context = _context(config)
     if config.data.max_length and context and config.data.max_length > context:
         raise ModelError(
             f"data.max_length={config.data.max_length} is more than the {context} tokens that "
@@ -172,8 +174,7 @@ def _prepare(
                 rows,
                 tokenizer,
                 config.data,
-                arity=loss.arity,
-                boundaries=cuts_from_data(loss),
+                Needs.of(loss, config.data.token_weights),
                 vocab_size=getattr(text_config, "vocab_size", None),
                 context_length=context,
                 name=name,
@@ -186,6 +187,11 @@ def _prepare(
                 cut = sum(n > 0 for n in rows["cut_tokens"])
                 logger.info("%-7s %d rows%s", name, len(rows), f", {cut} of them truncated" if cut else "")
     return prepared
+
+
+def _context(config: Config) -> int | None:
+    """Tokens that the model can read, if its configuration says."""
+    return getattr(load_model_config(config.model).get_text_config(), "max_position_embeddings", None)
 
 
 def _precompute(config: Config, loss: Loss, model: nn.Module, args: TrainingArguments, *splits):

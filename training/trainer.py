@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from prefkern.layout import Layout
 from prefkern.losses import Loss
 from prefkern.preference import PreferenceOutput, linear_preference_loss
+from prefkern.reference import span_sums
+from prefkern.token_kl import token_kl
 from prefkern.training.anchors import Anchor, make_anchor
 from prefkern.training.collator import PackedCollator
 from prefkern.training.config import HeadConfig, ReferenceConfig, ReferenceMode
@@ -32,7 +34,7 @@ from prefkern.training.reference import (
 
 
 class PreferenceTrainer(Trainer):
-    """Trains a causal language model on packed preference pairs, or on single responses with `nll`.
+    """Trains a causal language model on packed pairs, lists or single responses, as the loss has it.
 
     The loss of a step is the sum over all prompts (for nll: response tokens) of all accumulated micro-batches of all
     processes, divided by their number: how a batch is split changes nothing.
@@ -45,6 +47,8 @@ class PreferenceTrainer(Trainer):
             adapters off; "precomputed" expects columns `ref_<response>_logps` (see `add_reference_logps`).
         reference_model: a model to compare with, in place of a frozen copy.
         head: how the output head is run.
+        data_collator: see `packed_collator`, which makes the default.
+        diagnostics: log the gradient ratios of pairs, see `prefkern.diagnostics`.
         train_dataset, eval_dataset: rows as `prepare_dataset` makes them.
         others: as in transformers.Trainer.
     Raises:
@@ -62,9 +66,11 @@ class PreferenceTrainer(Trainer):
         reference_model: nn.Module | None = None,
         head: HeadConfig | None = None,
         data_collator: PackedCollator | None = None,
+        diagnostics: bool = False,
         **others: Any,
     ) -> None:
         self.loss = loss
+        self.diagnostics = diagnostics
         sharded = bool(args.fsdp or args.deepspeed)
         config = resolve_reference(reference, loss, adapters=has_adapters(model), sharded=sharded)
         self.reference = config.mode
@@ -72,7 +78,7 @@ class PreferenceTrainer(Trainer):
             raise ConfigError(f"a reference_model was given, but reference.mode={self.reference!r}: set it to frozen")
         args.remove_unused_columns = False
         args._n_gpu = min(args.n_gpu, 1)  # a packed batch is one sequence: DataParallel could not split it
-        collator = data_collator or PackedCollator(loss.arity, getattr(loss, "accumulate", "segment"))
+        collator = data_collator or packed_collator(loss)
         pack_forward(model)
         if not sharded:
             check_model(model)
@@ -109,11 +115,13 @@ class PreferenceTrainer(Trainer):
 
         Processes' gradients are averaged, hence the factor.
         """
-        ref_logps = self._ref_logps(model, inputs)
+        ref_logps, ref_head = self._ref_rows(model, inputs)
+        mismatched = self._mismatched(model, inputs) if self.loss.needs_mismatched else None
         if self.loss_state is not None:
             self.loss_state.train(model.training)
 
         def tail(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> PreferenceOutput:
+            kl = None if ref_head is None else self._token_kl((hidden, weight, bias), ref_head, inputs["labels"])
             return linear_preference_loss(
                 hidden,
                 weight,
@@ -121,20 +129,19 @@ class PreferenceTrainer(Trainer):
                 inputs["layout"],
                 self.loss,
                 ref_logps=ref_logps,
+                token_weights=inputs.get("token_weights"),
+                targets=inputs.get("targets"),
+                mismatched=mismatched,
+                token_kl=kl,
                 normalizer=num_items_in_batch,
                 bias=bias,
                 state=self.loss_state,
                 on_policy=self.reference == "on_policy",
+                diagnostics=self.diagnostics,
                 **self._head,
             )
 
-        out = model(
-            input_ids=inputs["input_ids"],
-            position_ids=inputs["position_ids"],
-            response_rows=inputs["response_rows"],
-            sequence_lengths=inputs["sequence_lengths"],
-            tail=tail,
-        )
+        out = _forward(model, inputs, tail)
         layout = inputs["layout"]
         if model.training:
             if self._anchor is not None:
@@ -145,13 +152,34 @@ class PreferenceTrainer(Trainer):
         loss = out.loss * self.accelerator.num_processes if num_items_in_batch is not None else out.loss
         return (loss, out) if return_outputs else loss
 
-    def _ref_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
-        """(N,) log-probabilities of a packed batch under the reference; None where there is none to compute."""
+    def _ref_rows(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, HeadRows | None]:
+        """The reference's (N,) log-probabilities, and its hidden rows and head for losses that compare distributions.
+
+        None where there is none to compute.
+        """
         if self.reference in ("none", "on_policy"):
-            return None
+            return None, None
         if self.reference == "precomputed":
-            return inputs["ref_logps"]
-        return self._reference_outputs(model, inputs, logps_tail(inputs["labels"], self._reference_head))
+            return inputs["ref_logps"], None
+        logps = logps_tail(inputs["labels"], self._reference_head)
+        if not self.loss.needs_token_kl:
+            return self._reference_outputs(model, inputs, logps), None
+        return self._reference_outputs(model, inputs, lambda *rows: (logps(*rows), rows))
+
+    def _token_kl(self, policy: HeadRows, reference: HeadRows, labels: Tensor) -> Tensor:
+        """(N,) KL(reference || policy) over the vocabulary, in nats."""
+        options = {**self._head, "impl": "eager" if self._head["impl"] == "eager" else "auto"}
+        (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = policy, reference
+        return token_kl(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, **options)
+
+    @torch.no_grad()
+    def _mismatched(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """(R,) log-ratio sums of prompts with other prompts' responses, in nats; the policy as it trains."""
+        batch = inputs["mismatched"]
+        ratios = _forward(model, batch, logps_tail(batch["labels"], self._head))
+        if self.reference != "none":
+            ratios = ratios - self._reference_outputs(model, batch, logps_tail(batch["labels"], self._reference_head))
+        return span_sums(ratios, batch["layout"].index(ratios.device).response_offsets)
 
     def _reference_outputs(self, model: nn.Module, inputs: dict[str, Any], tail: Tail) -> Any:
         """What `tail(hidden, weight, bias)` makes of a packed batch under the reference, without gradient."""
@@ -245,6 +273,28 @@ class PreferenceTrainer(Trainer):
             for buffer in self.loss_state.buffers():  # each process may have seen its own share of the batch alone
                 if buffer.is_floating_point():
                     buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
+
+
+HeadRows = tuple[Tensor, Tensor, Tensor | None]  # hidden states, and the head's weight and bias
+
+
+def packed_collator(loss: Loss, max_length: int | None = None) -> PackedCollator:
+    """The collator that a loss wants.
+
+    Args:
+        max_length: the most tokens of a prompt with another's response, where the loss needs such sequences.
+    """
+    return PackedCollator(loss.arity, getattr(loss, "accumulate", "segment"), loss.needs_mismatched, max_length)
+
+
+def _forward(model: nn.Module, batch: dict[str, Any], tail: Tail) -> Any:
+    return model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        response_rows=batch["response_rows"],
+        sequence_lengths=batch["sequence_lengths"],
+        tail=tail,
+    )
 
 
 class _AfterStep(TrainerCallback):

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from prefkern.losses.base import Batch, Loss, PairLoss, Part, choice, get, ranged, register
+from prefkern.losses.base import Addend, Batch, Loss, PairLoss, choice, get, ranged, register
 from prefkern.losses.dpo import DPO
 from prefkern.losses.orpo import MAX_MEAN_LOGP, ORPO, log1mexp
 
@@ -152,6 +152,6 @@ class AdaDPO(PairLoss):
     def needs_lengths(self) -> bool:
         return self.length_normalized or self.inner.needs_lengths
 
-    def parts(self, state: nn.Module | None = None) -> tuple[Part, ...]:
-        parts = self.inner.parts(state)
+    def addends(self, state: nn.Module | None = None) -> tuple[Addend, ...]:
+        parts = self.inner.addends(state)
         return tuple(part._replace(loss=self) if part.loss is self.inner else part for part in parts)

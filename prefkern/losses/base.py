@@ -125,8 +125,8 @@ class Batch:
         return reference.span_sums(kept, self.index.response_offsets) / self.count_R.clamp(min=1)
 
 
-class Part(NamedTuple):
-    """One addend of a loss: weight * loss."""
+class Addend(NamedTuple):
+    """One term of a loss: weight * loss."""
 
     weight: float
     loss: Loss
@@ -221,12 +221,18 @@ class Loss(ABC):
         return float(max(1, layout.num_prompts))
 
     def normalizers(self, layout: Layout, count_R: Tensor) -> tuple[float | Tensor, ...]:
-        """The normalizer of every part, from an uncut layout."""
-        return tuple(p.loss.normalizer(p.loss.segmented(layout), count_R) for p in self.parts())
+        """The normalizer of every addend, from an uncut layout."""
+        return tuple(p.loss.normalizer(p.loss.segmented(layout), count_R) for p in self.addends())
 
-    def parts(self, state: nn.Module | None = None) -> tuple[Part, ...]:
-        """The addends that this loss is made of; itself unless it is a sum."""
-        return (Part(1.0, self, state),)
+    def addends(self, state: nn.Module | None = None) -> tuple[Addend, ...]:
+        """The terms whose weighted sum this loss is; itself unless it is a sum."""
+        return (Addend(1.0, self, state),)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether this loss is no sum, so that it goes through one tail."""
+        addends = self.addends()
+        return len(addends) == 1 and addends[0].weight == 1 and addends[0].loss is self
 
     def new_state(self) -> nn.Module | None:
         """Running statistics as buffers of a new module, updated by calls in training mode; None: it has none."""
@@ -288,9 +294,9 @@ class PairLoss(Loss):
     def row_outputs(self) -> tuple[str, ...]:
         return ("log_collision",) if self.wpo else ()
 
-    def parts(self, state: nn.Module | None = None) -> tuple[Part, ...]:
-        mine = Part(1.0, self, state)
-        return (mine, Part(self.nll_weight, loss_class("nll")(), None)) if self.nll_weight else (mine,)
+    def addends(self, state: nn.Module | None = None) -> tuple[Addend, ...]:
+        mine = Addend(1.0, self, state)
+        return (mine, Addend(self.nll_weight, loss_class("nll")(), None)) if self.nll_weight else (mine,)
 
     def token_factor(self, layout: Layout, index: TailIndex, dtype: torch.dtype) -> Tensor | None:
         if self.ld_alpha is None:

@@ -1,34 +1,19 @@
 """A weighted sum of losses."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from prefkern.layout import Layout
-from prefkern.losses.base import Batch, Loss, Part, Range, register
+from prefkern.losses.base import Addend, Batch, Loss, Range, register
 from prefkern.losses.dpo import DPO
 from prefkern.losses.nll import NLL
 
 
-class Parts(tuple):
-    """(weight, loss) of every part; called as `Loss.parts` is, the addends that they come to, `nll` last."""
-
-    def __call__(self, state: nn.Module | None = None) -> tuple[Part, ...]:
-        addends: list[Part] = []
-        for i, (weight, loss) in enumerate(self):
-            for part in loss.parts(state[str(i)] if state is not None and str(i) in state else None):
-                part = part._replace(weight=weight * part.weight)
-                same = [k for k, other in enumerate(addends) if other[1:] == part[1:]]
-                if same and part.state is None:  # computed once, reported once
-                    part = part._replace(weight=part.weight + addends.pop(same[0]).weight)
-                addends.append(part)
-        return tuple(sorted(addends, key=lambda part: part.loss.name == NLL.name))
-
-
 def _any(name: str) -> property:
-    return property(lambda self: any(getattr(part.loss, name) for part in self.parts()))
+    return property(lambda self: any(getattr(part.loss, name) for part in self.addends()))
 
 
 @register("combination")
@@ -43,7 +28,7 @@ class Combination(Loss):
     others. The metrics are those of the first part that is not `nll`, and loss/NAME of each.
 
     Fields:
-        parts: (weight, loss) of every part; they must come to at least two addends.
+        parts: (weight, loss) of every part.
     Source:
         As TRL's lists of losses with loss_weights.
     """
@@ -52,7 +37,7 @@ class Combination(Loss):
     source: ClassVar[str] = "TRL's lists of losses"
     confidence: ClassVar[str] = "third party"
 
-    parts: tuple[tuple[float, Loss], ...] = field(default=Parts(((1.0, DPO()), (1.0, NLL()))))
+    parts: tuple[tuple[float, Loss], ...] = ((1.0, DPO()), (1.0, NLL()))
 
     needs_reference = _any("needs_reference")
     needs_lengths = _any("needs_lengths")
@@ -64,20 +49,32 @@ class Combination(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "parts", Parts(tuple(part) for part in _pairs(self.parts)))
-        if len(self.parts()) < 2:
-            raise ValueError(f"{self.name}: parts={[*self.parts]} is one loss; use that loss itself, or add another")
-        others = [part.loss for part in self.parts() if part.loss.name != NLL.name]
+        object.__setattr__(self, "parts", tuple(_pairs(self.parts)))
+        if not self.parts:
+            raise ValueError(f"{self.name}: parts is empty; name at least one loss")
+        others = [part.loss for part in self.addends() if part.loss.name != NLL.name]
         for what in ("arity", "target_kind"):
             known = {value: loss.name for loss in others if (value := getattr(loss, what)) is not None}
             if len(known) > 1:
                 (a, first), (b, second), *_ = known.items()
                 raise ValueError(f"{self.name}: {first} has {what} {a!r}, {second} has {b!r}; their parts must agree")
 
+    def addends(self, state: nn.Module | None = None) -> tuple[Addend, ...]:
+        """What the parts come to, `nll` last."""
+        found: list[Addend] = []
+        for i, (weight, loss) in enumerate(self.parts):
+            for term in loss.addends(state[str(i)] if state is not None and str(i) in state else None):
+                term = term._replace(weight=weight * term.weight)
+                same = [k for k, other in enumerate(found) if other[1:] == term[1:]]
+                if same and term.state is None:  # computed once, reported once
+                    term = term._replace(weight=term.weight + found.pop(same[0]).weight)
+                found.append(term)
+        return tuple(sorted(found, key=lambda term: term.loss.name == NLL.name))
+
     @property
     def leading(self) -> Loss:
         """The first part that is not `nll`, or `nll`."""
-        return self.parts()[0].loss
+        return self.addends()[0].loss
 
     @property
     def arity(self) -> Literal["pair", "single", "list"]:
@@ -85,21 +82,21 @@ class Combination(Loss):
 
     @property
     def target_kind(self) -> str | None:
-        return next((kind for part in self.parts() if (kind := part.loss.target_kind)), None)
+        return next((kind for part in self.addends() if (kind := part.loss.target_kind)), None)
 
     @property
     def row_outputs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for part in self.parts() for name in part.loss.row_outputs))
+        return tuple(dict.fromkeys(name for part in self.addends() for name in part.loss.row_outputs))
 
     @property
     def link(self) -> str:
-        raise NotImplementedError(f"{self.name} has no link; its parts() have")
+        raise NotImplementedError(f"{self.name} has no link; its addends have")
 
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-        raise NotImplementedError(f"{self.name} has no value of scores; its parts() have")
+        raise NotImplementedError(f"{self.name} has no value of scores; its addends have")
 
     def link_params(self) -> tuple[float, ...]:
-        raise NotImplementedError(f"{self.name} has no link; its parts() have")
+        raise NotImplementedError(f"{self.name} has no link; its addends have")
 
     def segmented(self, layout: Layout) -> Layout:
         return self.leading.segmented(layout)
