@@ -31,8 +31,10 @@ as a mean of absolute values: 0 is balance, below 0 the rejected response is pus
 
 Methods: `dpo`; `adadpo`, the default (reference space, per-token averages in the coefficient, clipped at 2);
 `adadpo_policy`, the same in policy space; `adadpo_raw`, reference space with sums and without a clip that binds.
-`clipped` is the share of pairs whose coefficient is at the clip; `logp_chosen` and `logp_rejected` are changes since
-the start in nats, `exact` (at the end) the share of 240 held-out problems answered rightly.
+`diagnostics_error` is the largest difference of the signed values from what `diagnostics=True` of
+`prefkern.preference_loss` reports for log_prob, prob and relative. `clipped` is the share of pairs whose coefficient
+is at the clip; `logp_chosen` and `logp_rejected` are changes since the start in nats, `exact` (at the end) the share
+of 240 held-out problems answered rightly.
 
 A repeat is another set of pairs and problems, the same for every method; intervals are 95 % (Student's t over
 repeats).
@@ -92,7 +94,7 @@ def balance(model, held_out: language.Packed, ref_N: Tensor, loss: pk.losses.Los
         logps = held_out.logps(model)
     model.train(training)
     logps.requires_grad_()
-    out = pk.preference_loss(logps, held_out.layout, loss, ref_logps=ref_N)
+    out = pk.preference_loss(logps, held_out.layout, loss, ref_logps=ref_N, diagnostics=True)
     [g_N] = torch.autograd.grad(out.loss, logps)
     lengths = torch.tensor(held_out.layout.lengths, dtype=torch.float64)
     # Every token of a response has the same gradient: that of the response's log-probability.
@@ -112,7 +114,11 @@ def balance(model, held_out: language.Packed, ref_N: Tensor, loss: pk.losses.Los
     found = {}
     for space, logs in by_space.items():
         found |= {f"{space}_signed": gap(logs).mean().item(), f"{space}_size": gap(logs).abs().mean().item()}
+    reported = {"log_prob": "logp", "prob": "prob", "relative": "relative_prob"}
+    errors = [abs(found[f"{ours}_signed"] - float(out.metrics[f"gradients/log_ratio_{theirs}"]))
+              for ours, theirs in reported.items()]  # fmt: skip
     return found | {
+        "diagnostics_error": max(errors),
         "clipped": float(out.metrics.get("adadpo/clipped", 0.0)),
         "logp_chosen": a[0::2].mean().item(),
         "logp_rejected": a[1::2].mean().item(),
@@ -143,7 +149,9 @@ def claims(table: Sequence[Row]) -> list[Claim]:
     skew = {m: mean(_last(table, m, "log_prob_signed")) for m in ("adadpo", "adadpo_raw")}
     chosen, exact = (_versus_dpo(table, "adadpo", m) for m in ("logp_chosen", "exact"))
     spaces = _versus_dpo(table, "adadpo_policy", "exact"), _versus_dpo(table, "adadpo", "exact")
+    off = max(row["diagnostics_error"] for row in table)
     return [
+        Claim("`diagnostics=True` reports what autograd finds", off < 1e-3, f"largest difference {off:.2g} nats"),
         Claim("DPO's gradients are equal in log-prob space, for every pair at every step", even < 1e-4,
               f"largest mean size {even:.2g}"),
         Claim("In probability space DPO pushes the rejected response harder in the end",

@@ -44,14 +44,14 @@ choice, the same for all. `unanchored` is `anchored_listwise` with a uniform anc
 """
 READING = """
 At one temperature the losses go different distances: a ranking or a hard label asks for more than a soft target, so
-the columns at tau = 1 compare strength more than robustness, and DPO leads most of them. Each at its best temperature,
-what counts is how a wrong reward reaches the loss. Losses that see the order alone (`dpo`, `plackett_luce`), or
-bounded probabilities of pairs (`anchored_pairwise`), stand up to tails and outliers; `anchored_listwise` with its
-default targets does not, for one outlier takes the group's standard deviation and nearly all of q. KDE smoothing mends
-a part of that, and is no match for ranks. Where whole contexts are flipped, which order does not see either,
-`plackett_luce` is ahead and the others are close together. That anchored losses beat DPO on noisy rewards,
-the claim this study started from, is thus not what it found: `anchored_pairwise` is about level with DPO, the ranking
-variant ahead more often than behind, the default one behind.
+the columns at tau = 1 compare strength more than robustness, and DPO leads most of them. Each at its best
+temperature, what counts is how a wrong reward reaches the loss. Losses that see the order alone (`dpo`,
+`plackett_luce`), or bounded probabilities of pairs (`anchored_pairwise`), stand up to tails and outliers;
+`anchored_listwise` with its default targets does not, for one outlier takes the group's standard deviation and nearly
+all of q. KDE smoothing mends a part of that, and is no match for ranks. Where whole contexts are flipped, which order
+does not see either, `plackett_luce` is ahead and the others are close together. That anchored losses beat DPO on
+noisy rewards, the claim this study started from, is thus not what it found: `anchored_pairwise` is about level with
+DPO, the ranking variant ahead more often than behind, the default one behind.
 
 The anchor itself helps: without it the same loss is clearly worse at tau = 1 and never surely better at its best tau.
 Larger temperatures end farther from the anchor. The best temperature is often the largest one tried: 200 steps stop

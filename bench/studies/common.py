@@ -77,7 +77,8 @@ class Mean:
         return self.value + self.half
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        value = 0.0 if abs(self.value) < 1e-4 * self.half else self.value  # what rounding leaves of 0
+        return f"{value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
     def above(self, threshold: float = 0.0) -> bool | None:
         """True where the interval lies above the threshold, False where below, None where it holds it."""

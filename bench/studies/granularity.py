@@ -28,7 +28,15 @@ A repeat is another set of pairs and of held-out problems, the same for every gr
 - separation: mean of (a_w - a_l) over held-out pairs, a = log pi - log pi_ref of a response, in nats.
 - length: tokens of the greedy solution.
 """
-READING = "To be written."
+READING = """
+Training on pairs lifts exact answers and preference accuracy far above the start at every granularity; the
+granularity itself makes no difference to either that these repeats could see, nor does the demo's choice. Token by
+token (`static(1)`) is ahead in exact answers, by less than its interval. Cut feedback separates held-out pairs a
+little less than DPO, surely so for all but `static(1)`, as expected of a loss in which every segment saturates on its
+own. Lengths do not move, but the task's solutions have a fixed form, so that says nothing about tasks where they
+could. Training is short and both losses have the same gradient where it starts: small differences are what one should
+expect here, and the gains reported on long reasoning are neither reproduced nor refuted.
+"""
 BETA = 1.0
 STATIC, ADAPTIVE = (1, 4, 16), (1, 2, 4, 8)
 MEASURES = ("exact", "preference", "separation", "length", "logp_chosen")
@@ -126,31 +134,27 @@ def summary(table: Sequence[Row]) -> str:
 
 
 def draw(table: Sequence[Row], path: Path) -> None:
-    labels = {
+    panels = {
         "exact": ("Exact answers", "share of held-out problems"),
         "preference": ("Preference accuracy", "share of held-out pairs"),
         "separation": ("Separation of chosen and rejected", "mean a_w - a_l (nats)"),
         "length": ("Length of greedy solutions", "tokens"),
     }
+    settings = [s for s in _settings(table) if s[0] != "start" and s != ("adaptive", 1)]
+    settings.sort(key=lambda s: s[1] if s[0] == "adaptive" else 100 - s[1])  # either family from coarse to fine
     made, axes = common.figure(2, 2)
-    for axis, (measure, (title, unit)) in zip(axes, labels.items()):
+    for axis, (measure, (title, unit)) in zip(axes, panels.items()):
+        axis.axhline(0, color="#777777", linestyle="--", linewidth=1.2, label="DPO = adaptive(1)")
         for i, family in enumerate(("adaptive", "static")):
-            parameters = sorted({row["parameter"] for row in pick(table, family=family)})
-            means = [mean(_values(table, family, p, measure)) for p in parameters]
-            shifted = [p * (1.03 if i else 0.97) for p in parameters]
-            axis.errorbar(
-                shifted, [m.value for m in means], [m.half for m in means], color=COLOURS[i], marker=MARKERS[i],
-                capsize=3, linewidth=1.5, label=f"{family}({'m parts' if family == 'adaptive' else 'k tokens'})",
-            )  # fmt: skip
-        if measure != "separation":
-            start = mean(_values(table, "start", 0, measure))
-            axis.axhline(start.value, color="#777777", linestyle="--", linewidth=1.2, label="start")
-        dpo = mean(_values(table, "adaptive", 1, measure))
-        axis.axhline(dpo.value, color=COLOURS[0], linestyle=":", linewidth=1.2, label="DPO = adaptive(1)")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-        common.style(axis, title, "m (parts a response) or k (tokens a window)", unit, legend=measure == "exact")
-    common.save(made, path, "autoregressive_dpo by granularity, 95 % intervals over repeats")
+            at = [j for j, s in enumerate(settings) if s[0] == family]
+            gaps = [_minus_dpo(table, *settings[j], measure) for j in at]
+            axis.errorbar(at, [g.value for g in gaps], [g.half for g in gaps], color=COLOURS[i], marker=MARKERS[i],
+                          capsize=4, linewidth=1.5,
+                          label=f"{family}({'m parts' if i == 0 else 'k tokens'})")  # fmt: skip
+        axis.set_xticks(range(len(settings)), [f"{family}\n({parameter})" for family, parameter in settings])
+        common.style(axis, f"{title}, minus DPO's", "granularity, each family from coarse to fine",
+                     f"difference, {unit}", legend=measure == "exact")  # fmt: skip
+    common.save(made, path, "autoregressive_dpo by granularity: differences within a repeat, 95 % intervals")
 
 
 if __name__ == "__main__":
