@@ -1,5 +1,6 @@
 """Golden numbers of every loss, the common checks, and what the registry says to a wrong name or value."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,13 @@ import torch
 import prefkern as pk
 from conftest import DEVICE
 from prefkern import checks
+
+
+def named(loss) -> str:
+    """The loss with the options that are not its defaults."""
+    changed = [f"{f.name}={v!r}" for f in dataclasses.fields(loss) if (v := getattr(loss, f.name)) != f.default]
+    return f"{loss.name}({', '.join(changed)})"
+
 
 INSTANCES = [loss for name in pk.losses.names() for loss in checks.instances(name)]
 
@@ -39,18 +47,18 @@ IMPLS = ["eager", "triton"]
 
 
 @pytest.mark.parametrize("check", checks.ALL, ids=lambda c: c.__name__)
-@pytest.mark.parametrize("loss", INSTANCES, ids=repr)
+@pytest.mark.parametrize("loss", INSTANCES, ids=named)
 def test_common_checks(loss, check):
     check(loss)
 
 
-@pytest.mark.parametrize("loss", INSTANCES, ids=repr)
+@pytest.mark.parametrize("loss", INSTANCES, ids=named)
 def test_link_matches_eager(loss):
     checks.link_matches_eager(loss, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
-@pytest.mark.parametrize("loss, value", GOLDEN, ids=repr)
+@pytest.mark.parametrize("loss, value", GOLDEN, ids=lambda x: named(x) if dataclasses.is_dataclass(x) else "")
 def test_golden_pair(loss, value, dtype):
     layout = pk.Layout.pairs(LENGTHS[:1], LENGTHS[1:])
     spread = lambda a, b: torch.cat([torch.full((n,), x / n, dtype=torch.float64) for x, n in zip((a, b), LENGTHS)])  # noqa: E731
