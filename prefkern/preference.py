@@ -416,11 +416,12 @@ def _prepare(layout, loss, device, wide: torch.dtype, given: Given, state, logps
         else:
             weights = mask.to(wide) if weights is None else torch.where(mask, weights, 0.0)
             count_R = reference.span_sums(mask.to(wide), index.response_offsets)
-        factor_N = loss.token_factor(layout, index, wide)
+        stats = {name: t.detach().to(wide) for name, t in given.stats.items()}
+        batch = Batch(layout, index, count_R, mask, weights, target_R, mismatched_R, stats, state, given.vocab_size)
+        factor_N = loss.token_factor(batch)
         if factor_N is not None:
             weights = factor_N if weights is None else weights * factor_N
-        stats = {name: t.detach().to(wide) for name, t in given.stats.items()}
-        batch = Batch(layout, index, count_R, weights, target_R, mismatched_R, stats, state, given.vocab_size)
+            batch = replace(batch, weights_N=weights)
         if loss.needs_first_pass:
             sums = [reference.log_ratios(x.detach().to(wide), None, weights) if x is not None else None
                     for x in (logps, ref_logps)]  # fmt: skip
@@ -469,22 +470,22 @@ def _finish(summed, score_S, logps_N, tail: _Tail, normalizer, metrics, x_N=None
         d = reference.log_ratios(logps_N if x_N is None else x_N, tail.ref_logps_N, batch.weights_N)
         score_R = reference.span_sums(d, batch.index.response_offsets)
         score_R = score_R if tail.scale_R is None else score_R * tail.scale_R
-        counted = reference.log_ratios(
-            logps_N, None, None if batch.weights_N is None else (batch.weights_N != 0).float()
-        )
-        logp_R = reference.span_sums(counted, batch.index.response_offsets)
+        logp_R = _counted_sums(logps_N, batch)
         own = tail.loss.metrics(score_R, logp_R, batch)
         if tail.diagnostics:
             own.update(_gradient_ratios(logps_N if x_N is None else x_N, logp_R, tail))
     return PreferenceOutput(summed / normalizer, {**own, **metrics}, logps_N, score_S)
 
 
+def _counted_sums(values_N: Tensor, batch: Batch) -> Tensor:
+    """(R,) sums over each response's counted tokens, whatever their weights."""
+    kept_N = values_N if batch.mask_N is None else torch.where(batch.mask_N, values_N, 0.0)
+    return reference.span_sums(kept_N, batch.index.response_offsets)
+
+
 def _gradient_ratios(x_N: Tensor, logp_R: Tensor, tail: _Tail) -> dict[str, Tensor]:
     batch, offsets, before = tail.batch, tail.batch.index.response_offsets, tail.loss.uncorrected()
-    ref_R = None
-    if tail.ref_logps_N is not None:
-        counted = None if batch.weights_N is None else (batch.weights_N != 0).float()
-        ref_R = reference.span_sums(reference.log_ratios(tail.ref_logps_N, None, counted), offsets)
+    ref_R = None if tail.ref_logps_N is None else _counted_sums(tail.ref_logps_N, batch)
 
     def ratios(tail: _Tail, suffix: str) -> dict[str, Tensor]:
         x = x_N.detach().requires_grad_()

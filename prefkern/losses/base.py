@@ -93,6 +93,7 @@ class Batch:
     layout: Layout  # as the loss compares it
     index: TailIndex
     count_R: Tensor  # counted tokens
+    mask_N: Tensor | None = None  # bool, whether a row counts; None: all do
     weights_N: Tensor | None = None  # of the log-ratios, 0 where a row does not count; None: 1 everywhere
     target_R: Tensor | None = None  # what the data says of each response, see Loss.target_kind
     mismatched_R: Tensor | None = None  # log-ratio sums of other prompts' responses, where Loss.needs_mismatched
@@ -104,24 +105,16 @@ class Batch:
     logp_R: Tensor | None = None  # weighted sums of log-probabilities
     ref_R: Tensor | None = None  # the reference's, 0 where the loss has none
 
-    @property
-    def prompt_of_response_R(self) -> Tensor:
-        """Prompt that each response answers."""
-        device = self.count_R.device
-        sizes = torch.tensor(self.layout.group_sizes, device="cpu").to(device, non_blocking=True)
-        prompts = torch.arange(len(sizes), device=device)
-        return prompts.repeat_interleave(sizes, output_size=self.layout.num_responses)
-
     def pairs(self, values_R: Tensor) -> tuple[Tensor, Tensor]:
         """(P,) values of the chosen and of the rejected responses."""
         chosen, rejected = values_R.view(-1, 2).unbind(1)
         return chosen, rejected
 
     def token_means(self, values_N: Tensor) -> Tensor:
-        """(R,) means over each response's counted tokens; 0 where none counts."""
+        """(R,) means over each response's counted tokens, whatever their weights; 0 where none counts."""
         from prefkern import reference
 
-        kept = values_N if self.weights_N is None else torch.where(self.weights_N != 0, values_N, 0.0)
+        kept = values_N if self.mask_N is None else torch.where(self.mask_N, values_N, 0.0)
         return reference.span_sums(kept, self.index.response_offsets) / self.count_R.clamp(min=1)
 
 
@@ -204,8 +197,8 @@ class Loss(ABC):
         """(G,) weights of the groups' values; None for 1."""
         return None
 
-    def token_factor(self, layout: Layout, index: TailIndex, dtype: torch.dtype) -> Tensor | None:
-        """(N,) factor of the token weights; None for 1."""
+    def token_factor(self, batch: Batch) -> Tensor | None:
+        """(N,) factor of the token weights, made before there is a first pass; None for 1."""
         return None
 
     def regroup(self, batch: Batch) -> TailIndex:
@@ -269,8 +262,8 @@ class PairLoss(Loss):
 
     Fields of every pair loss:
         nll_weight: adds nll_weight times `nll` of the chosen response (mean over the batch's chosen tokens).
-        ld_alpha: multiplies the log-ratios of tokens beyond the shorter response of the pair; None: 1. LD-DPO's length
-            desensitising, arXiv:2409.06411; lengths stay what they are.
+        ld_alpha: multiplies the log-ratios of tokens beyond the shorter response of the pair, both counted without
+            masked tokens; None: 1. LD-DPO's length desensitising, arXiv:2409.06411; lengths stay what they are.
         wpo: weights each pair by exp of both responses' mean of logp - log sum_v p^2, without gradient. WPO,
             arXiv:2406.11827, eq. 2, as in TRL's code: no limit from above (its earlier releases cut the weight at 1).
     """
@@ -298,15 +291,20 @@ class PairLoss(Loss):
         mine = Addend(1.0, self, state)
         return (mine, Addend(self.nll_weight, loss_class("nll")(), None)) if self.nll_weight else (mine,)
 
-    def token_factor(self, layout: Layout, index: TailIndex, dtype: torch.dtype) -> Tensor | None:
+    def token_factor(self, batch: Batch) -> Tensor | None:
         if self.ld_alpha is None:
             return None
-        shorter = [min(pair) for pair in zip(layout.lengths[::2], layout.lengths[1::2]) for _ in pair]
-        spans = [n for shared, length in zip(shorter, layout.lengths) for n in (shared, length - shared)]
-        device = index.response_offsets.device
-        spans = torch.tensor(spans, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-        factors = torch.tensor([1.0, self.ld_alpha], dtype=dtype, device="cpu").repeat(layout.num_responses)
-        return factors.to(device, non_blocking=True).repeat_interleave(spans, output_size=layout.num_tokens)
+        offsets, num_tokens = batch.index.response_offsets, batch.layout.num_tokens
+        lengths = offsets.diff()
+
+        def rows(values_R: Tensor) -> Tensor:
+            return values_R.repeat_interleave(lengths, output_size=num_tokens)
+
+        ones_N = batch.count_R.new_ones(num_tokens)
+        counted_N = (ones_N.bool() if batch.mask_N is None else batch.mask_N).cumsum(0)
+        place_N = counted_N - rows(torch.nn.functional.pad(counted_N, (1, 0))[offsets[:-1]])  # from 1, in its response
+        shorter_N = rows(batch.count_R.view(-1, 2).amin(1).repeat_interleave(2))
+        return torch.where(place_N <= shorter_N, ones_N, self.ld_alpha)
 
     def group_weight(self, batch: Batch) -> Tensor | None:
         if not self.wpo:
