@@ -196,6 +196,11 @@ class Layout:
         """Whether static, adaptive or split_at made this layout (even if into one segment each)."""
         return self.segment_lengths is not None
 
+    @cached_property
+    def uncut(self) -> Layout:
+        """The same responses, whole."""
+        return Layout(self.lengths, self.group_sizes) if self.is_cut else self
+
     @property
     def num_tokens(self) -> int:
         """N, packed rows."""

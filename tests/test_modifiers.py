@@ -82,3 +82,20 @@ def test_masking_is_deleting_whatever_is_combined(loss):
     assert not grad[~mask].any()
     torch.testing.assert_close(metrics, want_metrics)
     assert all(math.isfinite(m) for m in metrics.values())
+
+
+@IMPLS
+@pytest.mark.parametrize("accumulate", ["segment", "prefix"])
+def test_likelihood_of_whole_responses_beside_a_loss_of_segments(accumulate, impl):
+    """However the caller has cut the layout."""
+    logps, ref, _ = draw()
+    cut = LAYOUT.split_at([[2, 4], [1], [1], [3]], accumulate=accumulate)
+    segments = L.AutoregressiveDPO(granularity=pk.Boundaries(), accumulate=accumulate)
+    both = L.AutoregressiveDPO(granularity=pk.Boundaries(), accumulate=accumulate, nll_weight=0.3)
+    chosen = torch.cat([logps[:5], logps[7:10]])
+    normalizer = both.normalizers(cut, torch.tensor(cut.lengths, dtype=torch.float64))
+    assert [float(n) for n in normalizer] == [2, 8]
+    for given in (None, normalizer):
+        out = run(both, logps, ref, cut, impl, normalizer=given)
+        want = run(segments, logps, ref, cut).loss - 0.3 * chosen.mean()
+        torch.testing.assert_close(out.loss.cpu().double(), want, rtol=1e-6, atol=0)

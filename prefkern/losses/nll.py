@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from prefkern.layout import Layout
@@ -30,6 +29,10 @@ class NLL(Loss):
     def check_layout(self, layout: Layout) -> None:
         """Any number of responses a prompt: it reads the first."""
 
+    def segmented(self, layout: Layout) -> Layout:
+        """The uncut layout: however responses are cut for the losses beside it, it reads them whole."""
+        return layout.uncut
+
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
         return -score_GK[:, 0]
 
@@ -37,7 +40,7 @@ class NLL(Loss):
         return ()
 
     def normalizer(self, layout: Layout, count_R: Tensor) -> Tensor:
-        first = torch.tensor(layout.prompt_starts, dtype=torch.int64, device="cpu").to(count_R.device)
+        first = layout.index(count_R.device).group_offsets[:-1]  # a group's first member: the first response
         return count_R[first].sum().clamp(min=1)
 
     def metrics(self, score_R: Tensor, logp_R: Tensor, batch: Batch) -> dict[str, Tensor]:
