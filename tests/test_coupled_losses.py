@@ -208,6 +208,7 @@ def test_adadpo_of_segments_scales_all_segments_of_the_chosen_response():
         (lambda: AdaDPO(base=KTO()), "must be another pair loss"),
         (lambda: AdaDPO(base=AdaDPO()), "must be another pair loss"),
         (lambda: AdaDPO(base=DPO(f_divergence="js")), "f_divergence='reverse_kl'"),
+        (lambda: AdaDPO(base="alphadpo"), "base='alphadpo' takes the reference out of its scores again"),
         (lambda: AdaDPO(base="simpo", space="reference"), "simpo has no reference; use 'policy'"),
         (lambda: AdaDPO(beta=0.0), "beta=0.0 must be a number in (0, 100]"),
         (lambda: AdaDPO(clip=0.0), "clip=0.0 must be a number in (0, inf] (1.5 to 2.5"),

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from prefkern.losses.alphadpo import AlphaDPO
 from prefkern.losses.base import Addend, Batch, Loss, PairLoss, choice, get, ranged, register
 from prefkern.losses.dpo import DPO
 from prefkern.losses.orpo import MAX_MEAN_LOGP, ORPO, log1mexp
@@ -77,6 +78,11 @@ class AdaDPO(PairLoss):
             raise ValueError(
                 f"{self.name}: base={self.base!r} hands targets of its own to its link, where the coefficient would go;"
                 " use another base, or f_divergence='reverse_kl'"
+            )
+        if isinstance(self.base, AlphaDPO):
+            raise ValueError(
+                f"{self.name}: base={self.base.name!r} takes the reference out of its scores again by its margin, which"
+                " a coefficient on one of them would prevent; use simpo"
             )
         if self.space == "reference" and not self.base.needs_reference:
             raise ValueError(f"{self.name}: space='reference', but {self.base.name} has no reference; use 'policy'")
