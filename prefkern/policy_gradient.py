@@ -294,7 +294,7 @@ def gspo_token(
     Returns:
         PolicyOutput.
     Source:
-        Zheng et al. 2025, arXiv:2507.18071; as summarised from TRL's code ("sequence_token").
+        Zheng et al. 2025, arXiv:2507.18071; as in TRL's code ("sequence_token").
     """
     return grpo(
         logps, old_logps, advantages, layout, mask=mask, normalizer=normalizer, eps=eps, eps_high=eps_high,

@@ -40,7 +40,7 @@ class CriticalTokenDPO(AutoregressiveDPO):
     needs_token_weights: ClassVar[bool] = True
     formula: ClassVar[str] = "sum_i -log sigma(beta (sum c_t d^w_t - sum s_t d^l_t))"
     source: ClassVar[str] = "Lin et al. 2024, arXiv:2411.19943"
-    confidence: ClassVar[str] = "authors' code"
+    confidence: ClassVar[str] = "third party"
 
     granularity: Granularity | None = variant(
         None, optional=True, static=Static, adaptive=Adaptive, boundaries=Boundaries

@@ -29,7 +29,8 @@ class IPO(DifferenceLoss):
     link: ClassVar[str] = "squared"
     needs_reference: ClassVar[bool] = True
     formula: ClassVar[str] = "(a_w/n_w - a_l/n_l - 1/(2 beta))^2"
-    source: ClassVar[str] = "Azar et al. 2023, arXiv:2310.12036, eq. 17"
+    source: ClassVar[str] = "Azar et al. 2023, arXiv:2310.12036, eq. 17; a token as in TRL's code"
+    confidence: ClassVar[str] = "third party"
 
     beta: float = ranged(0.1, 0, 100, "0.01 to 1 in practice", open_low=True)
     normalize: str = choice("mean", "mean", "sum")
