@@ -358,9 +358,12 @@ def _preference_loss(logps, layout, loss, given: Given, normalizer, impl, state)
     if loss.is_one:
         return _one_loss(logps, layout, loss, given, normalizer, impl, state)
     addends = loss.addends(state)
-    normalizers = [None] * len(addends) if normalizer is None else list(normalizer)
+    normalizers = [None] * len(addends) if normalizer is None else _listed(normalizer)
     if len(normalizers) != len(addends):
-        raise ValueError(f"{loss.name} has {len(addends)} addends, but {len(normalizers)} normalizers were given")
+        raise ValueError(
+            f"{loss.name} has {len(addends)} addends ({', '.join(term.loss.name for term in addends)}), but"
+            f" {len(normalizers)} normalizer(s) were given; pass one for each, as loss.normalizers counts them"
+        )
     loss.check_layout(layout)
     _check_diagnostics(loss, given)
     results = [
@@ -373,6 +376,11 @@ def _preference_loss(logps, layout, loss, given: Given, normalizer, impl, state)
         again = sum(name.split("#")[0] == f"loss/{term.loss.name}" for name in metrics)
         metrics[f"loss/{term.loss.name}" + f"#{again + 1}" * bool(again)] = result.loss.detach()
     return PreferenceOutput(total, {**results[0].metrics, **metrics}, logps.detach(), results[0].scores)
+
+
+def _listed(normalizer: float | Tensor | Sequence[float | Tensor]) -> list[float | Tensor]:
+    several = isinstance(normalizer, Sequence) or isinstance(normalizer, Tensor) and normalizer.dim() > 0
+    return list(normalizer) if several else [normalizer]
 
 
 def _share(given: Given, loss: Loss) -> Given:
@@ -464,8 +472,10 @@ def _finish(summed, score_S, logps_N, tail: _Tail, normalizer, metrics, x_N=None
     batch = tail.batch
     if normalizer is None:
         normalizer = tail.loss.normalizer(batch.layout, batch.count_R)
-    elif isinstance(normalizer, Sequence) or isinstance(normalizer, Tensor) and normalizer.dim():
-        [normalizer] = normalizer
+    else:
+        *others, normalizer = _listed(normalizer)
+        if others:
+            raise ValueError(f"{tail.loss.name} has one addend, but {len(others) + 1} normalizers were given")
     with torch.no_grad():
         d = reference.log_ratios(logps_N if x_N is None else x_N, tail.ref_logps_N, batch.weights_N)
         score_R = reference.span_sums(d, batch.index.response_offsets)

@@ -99,3 +99,17 @@ def test_likelihood_of_whole_responses_beside_a_loss_of_segments(accumulate, imp
         out = run(both, logps, ref, cut, impl, normalizer=given)
         want = run(segments, logps, ref, cut).loss - 0.3 * chosen.mean()
         torch.testing.assert_close(out.loss.cpu().double(), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("loss, normalizer, words", [
+    (L.CPO(), 4.0, "cpo has 2 addends (cpo, nll), but 1 normalizer(s) were given"),
+    (L.CPO(), torch.tensor(4.0), "but 1 normalizer(s) were given; pass one for each"),
+    (L.CPO(), [1.0, 2.0, 3.0], "but 3 normalizer(s) were given"),
+    (L.SimPO(), [1.0, 2.0], "simpo has one addend, but 2 normalizers were given"),
+    (L.SimPO(), torch.ones(2), "simpo has one addend, but 2 normalizers were given"),
+])  # fmt: skip
+def test_a_wrong_number_of_normalizers_is_named(loss, normalizer, words):
+    logps, ref, _ = draw()
+    with pytest.raises(ValueError) as error:
+        run(loss, logps, ref, normalizer=normalizer)
+    assert words in str(error.value)
