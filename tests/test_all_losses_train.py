@@ -2,7 +2,7 @@
 
 The path is two steps of SGD on fixed weights and rows in their order, in fp32. After a change that is meant to move it,
 
-    python tests/test_all_losses_train.py
+    PYTHONPATH=. python tests/test_all_losses_train.py
 
 writes tests/trajectories.json again.
 """
