@@ -113,3 +113,53 @@ def test_a_wrong_number_of_normalizers_is_named(loss, normalizer, words):
     with pytest.raises(ValueError) as error:
         run(loss, logps, ref, normalizer=normalizer)
     assert words in str(error.value)
+
+
+def everything_by_hand(loss, logps, ref, collision, weights, mask):
+    """Autoregressive DPO with every option at once, pair by pair and segment by segment."""
+    score = {"reverse_kl": lambda a: a, "forward_kl": lambda a: 1 - torch.exp(-a)}[loss.f_divergence]
+    total, start = torch.zeros((), dtype=torch.float64), 0
+    for n, m in zip(LAYOUT.lengths[::2], LAYOUT.lengths[1::2]):
+        spans = [range(start, start + n), range(start + n, start + n + m)]
+        start += n + m
+        kept = [[t for t in span if mask[t]] for span in spans]
+        shorter = min(map(len, kept))
+        factor = {t: weights[t] * (1 if i < shorter else loss.ld_alpha) for rows in kept for i, t in enumerate(rows)}
+        certainty = [sum(logps[t].detach() - collision[t] for t in rows) / max(1, len(rows)) for rows in kept]
+        segments = -(-max(n, m) // loss.granularity.k)
+        values = []
+        for i in range(segments):
+            from_row = 0 if loss.accumulate == "prefix" else i * loss.granularity.k
+            parts = [span[from_row : (i + 1) * loss.granularity.k] for span in spans]
+            a, b = (sum((factor[t] * (logps[t] - ref[t]) for t in part if mask[t]), 0 * logps[0]) for part in parts)
+            alive = any(mask[t] for span in spans for t in span[i * loss.granularity.k : (i + 1) * loss.granularity.k])
+            x, e = loss.beta * (score(a) - score(b)), loss.label_smoothing
+            values.append(alive * (-(1 - e) * logsigmoid(x) - e * logsigmoid(-x)))
+        pair = sum(values) / (segments if loss.segment_reduction == "mean" else 1)
+        total = total + math.exp(sum(certainty)) * pair / len(LAYOUT.group_sizes)
+    chosen = [t for t in [*range(5), *range(7, 10)] if mask[t]]
+    return total - loss.nll_weight * sum(weights[t] * logps[t] for t in chosen) / len(chosen)
+
+
+@IMPLS
+@pytest.mark.parametrize("accumulate", ["segment", "prefix"])
+@pytest.mark.parametrize("segment_reduction, f_divergence", [("sum", "forward_kl"), ("mean", "reverse_kl")])
+def test_everything_at_once(segment_reduction, accumulate, f_divergence, impl):
+    loss = L.AutoregressiveDPO(
+        beta=0.4, label_smoothing=0.1, granularity=pk.Static(2), accumulate=accumulate, f_divergence=f_divergence,
+        segment_reduction=segment_reduction, ld_alpha=0.3, wpo=True, nll_weight=0.5,
+    )  # fmt: skip
+    logps, ref, collision = draw(seed=4)
+    mask = torch.ones(LAYOUT.num_tokens, dtype=torch.bool)
+    mask[[0, 4, 8, 11, 12, 13]] = False  # of the last response the second segment, which the chosen one has no part of
+    weights = torch.rand(LAYOUT.num_tokens, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.2
+    x = logps.clone().requires_grad_()
+    want = everything_by_hand(loss, x, ref, collision, weights, mask)
+    (want_grad,) = torch.autograd.grad(want, x)
+    y = logps.clone().requires_grad_()
+    stats = {"log_collision": collision.to(DEVICE if impl == "triton" else "cpu")}
+    out = run(loss, y, ref, impl=impl, mask=mask, token_weights=weights, stats=stats, diagnostics=True)
+    (grad,) = torch.autograd.grad(out.loss, y)
+    exact = dict(rtol=2e-5, atol=2e-6) if impl == "triton" else dict(rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(out.loss.detach().cpu().double(), want.detach(), **exact)
+    torch.testing.assert_close(grad, want_grad, **exact)
