@@ -25,7 +25,8 @@ class KTO(Loss):
         beta: as in `dpo`.
         desirable_weight, undesirable_weight: the lambdas; with n_d desirable and n_u undesirable responses,
             lambda_d n_d / (lambda_u n_u) is commonly kept between 1 and 4/3.
-        baseline: "mismatched" is kl as above; "zero" needs no mismatched responses (TRL's apo_zero_unpaired).
+        baseline: "mismatched" is kl as above, and wants batches of several rows (of one, kl is that row's own
+            log-ratio); "zero" needs no mismatched responses (TRL's apo_zero_unpaired).
     Metrics: rewards/chosen and rewards/rejected are means of beta * a over the call's desirable and undesirable
     responses, 0 where it has none of the kind; rewards/desirable is the share of the former. To average the means over
     calls, weight them by that share and its complement. kl is as above, in nats.
