@@ -14,17 +14,31 @@ from torch import Tensor
 
 from prefkern.granularity import Adaptive, Static
 from prefkern.layout import Layout
-from prefkern.losses.base import Loss, loss_class
-from prefkern.preference import Given, PreferenceOutput, _eager_tail, _finish, _prepare, _share, preference_loss
+from prefkern.losses.base import Loss, PairLoss, loss_class
+from prefkern.preference import (
+    Given,
+    PreferenceOutput,
+    _eager_tail,
+    _finish,
+    _prepare,
+    _share,
+    _with_token_kl,
+    preference_loss,
+)
 
 _CHOSEN, _REJECTED, _SINGLE = (5, 1, 8, 3), (2, 4, 8, 6), (5, 2, 9, 4)
 _LISTS, _GROUPS = (5, 1, 8, 3, 2, 4, 6, 7, 3), (3, 1, 5)
 
 
 def instances(name: str) -> Iterator[Loss]:
-    """The loss with its defaults, then with each choice and kind of each option tried once."""
+    """The loss with its defaults, then with each choice and kind of each option tried once.
+
+    Of pair losses, also with all that every pair loss takes.
+    """
     cls = loss_class(name)
     yield cls()
+    if issubclass(cls, PairLoss):
+        yield cls(ld_alpha=0.3, wpo=True, nll_weight=0.5)
     for f in dataclasses.fields(cls):
         tried: tuple = f.metadata.get("choices", ())
         if f.name == "granularity":
@@ -156,13 +170,14 @@ class _Frozen:
         for weight, part, _ in loss.addends():
             share, device = _share(given, part), batch.logps.device
             tail = _prepare(batch.layout, part, device, torch.float64, share, None, batch.logps)
-            self.tails.append((weight, tail))
+            self.tails.append((weight, tail, share.token_kl_N))
 
     def __call__(self, logps: Tensor) -> Tensor:
-        def one(tail) -> Tensor:
-            return _finish(_eager_tail(logps, tail)[0], None, logps.detach(), tail, None, {}).loss
+        def one(tail, kl_N: Tensor | None) -> Tensor:
+            x = _with_token_kl(logps, kl_N, tail)
+            return _finish(_eager_tail(x, tail)[0], None, logps.detach(), tail, None, {}).loss
 
-        return sum(weight * one(tail) for weight, tail in self.tails)
+        return sum(weight * one(tail, kl_N) for weight, tail, kl_N in self.tails)
 
 
 def finite_at_extremes(loss: Loss) -> None:

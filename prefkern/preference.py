@@ -398,16 +398,21 @@ def _share(given: Given, loss: Loss) -> Given:
 def _one_loss(logps, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:
     _check_tail(logps, layout, loss, given)
     tail = _prepare(layout, loss, logps.device, reference.accumulator(logps.dtype), given, state, logps)
-    x = logps
-    if loss.needs_token_kl:
-        counted = None if tail.batch.weights_N is None else tail.batch.weights_N != 0
-        kl = given.token_kl_N if counted is None else torch.where(counted, given.token_kl_N, 0.0)
-        x = loss.with_token_kl(logps, kl, tail.batch.index)
+    x = _with_token_kl(logps, given.token_kl_N, tail)
     if _use_triton(impl, logps):
         summed, score_S = PreferenceTail.apply(x, tail)
     else:
         summed, score_S = _eager_tail(x, tail)
     return _finish(summed, score_S, logps.detach(), tail, normalizer, {}, x.detach())
+
+
+def _with_token_kl(logps: Tensor, kl_N: Tensor | None, tail: _Tail) -> Tensor:
+    """What the loss adds up: log-probabilities, and its share of the divergence where it has one."""
+    if kl_N is None:
+        return logps
+    weights_N = tail.batch.weights_N
+    kl_N = kl_N if weights_N is None else torch.where(weights_N != 0, kl_N, 0.0)
+    return tail.loss.with_token_kl(logps, kl_N, tail.batch.index)
 
 
 def _prepare(layout, loss, device, wide: torch.dtype, given: Given, state, logps=None) -> _Tail:
