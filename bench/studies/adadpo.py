@@ -51,8 +51,8 @@ relative probabilities per token, up to the ratio of the lengths. In policy spac
 the first step on, and per token overshoots.
 
 In the end the chosen response is likelier than under DPO, beyond doubt but by next to nothing with the default, and
-exact answers do not differ beyond chance. `adadpo_raw` is ahead of DPO in both, the latter by a margin that barely clears 0 and was
-not a claim made beforehand. One model, one learning rate, short responses: no advice against a clip.
+exact answers do not differ beyond chance. `adadpo_raw` is ahead of DPO in both, the latter by a margin that barely
+clears 0 and was not a claim made beforehand. One model, one learning rate, short responses: no advice against a clip.
 """
 BETA = 1.0
 SPACES = ("log_prob", "prob", "relative", "token_relative")
