@@ -436,11 +436,15 @@ def _prepare(layout, loss, device, wide: torch.dtype, given: Given, state, logps
             weights = factor_N if weights is None else weights * factor_N
             batch = replace(batch, weights_N=weights)
         if loss.needs_first_pass:
-            sums = [reference.log_ratios(x.detach().to(wide), None, weights) if x is not None else None
-                    for x in (logps, ref_logps)]  # fmt: skip
-            logp_R, ref_R = (None if x is None else reference.span_sums(x, index.response_offsets) for x in sums)
-            ref_R = torch.zeros_like(logp_R) if ref_R is None else ref_R
-            batch = replace(batch, logps_N=logps.detach().to(wide), logp_R=logp_R, ref_R=ref_R)
+            first = logps.detach().to(wide)
+
+            def sums(x_N: Tensor, ref_N: Tensor | None = None) -> Tensor:
+                return reference.span_sums(reference.log_ratios(x_N, ref_N, weights), index.response_offsets)
+
+            logp_R = sums(first)
+            ref_R = torch.zeros_like(logp_R) if ref_logps is None else sums(ref_logps)
+            ratio_R = logp_R if ref_logps is None else sums(first, ref_logps)
+            batch = replace(batch, logps_N=first, logp_R=logp_R, ref_R=ref_R, ratio_R=ratio_R)
         scale_R, margin, target_R = loss.scale(batch), loss.margin(batch), loss.target(batch)
         tail_index = loss.regroup(batch)
         weight_G = _alive(layout, tail_index, weights, wide)

@@ -263,6 +263,24 @@ def test_adadpo_balances_the_gradients_of_probabilities(space, balanced):
         assert got["prob"] == pytest.approx((gw / -gl).log().item(), abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "loss, tokens, near",
+    [
+        (AdaDPO(length_normalized=False), [30_000, 9_000, 8_000, 31_000], 1e-3),
+        (AlphaDPO(stats="batch"), [40] * 12, 1e-6),
+    ],
+    ids=["adadpo of long responses", "alphadpo near the reference"],
+)
+def test_constants_are_made_of_differences_token_by_token(loss, tokens, near):
+    """Not of sums of many nats that differ by little, which in fp32 would keep few digits of it."""
+    layout = pk.Layout.groups(tokens, [2] * (len(tokens) // 2))
+    logps, ref = (x.detach() for x in draw(layout.num_tokens, dtype=torch.float32))
+    ref = logps + near * (ref + 1)
+    got = pk.preference_loss(logps, layout, loss, ref_logps=ref).loss
+    want = pk.preference_loss(logps.double(), layout, loss, ref_logps=ref.double()).loss
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("base", [SimPO(), IPO(), ORPO()], ids=repr)
 def test_stable_adadpo_balances_losses_of_means(base):
     logps, ref = draw(9)

@@ -105,7 +105,7 @@ class AdaDPO(PairLoss):
         """(R,) q."""
         count_R = batch.count_R.clamp(min=1)
         relative = self.base.needs_reference and self.space != "policy"
-        q_R = batch.logp_R - batch.ref_R if relative else batch.logp_R
+        q_R = batch.ratio_R if relative else batch.logp_R
         q_R = q_R / count_R if self.length_normalized else q_R
         if isinstance(self.base, ORPO):
             q_R = q_R + log1mexp((batch.logp_R / count_R).clamp(max=MAX_MEAN_LOGP))

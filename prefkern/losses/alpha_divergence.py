@@ -74,7 +74,7 @@ class AlphaDivergence(ListLoss):
 
     def log_distributions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(G, K) log p and log q of the first pass, and which of them are members."""
-        u_GK, valid_GK = groups.pad((batch.logp_R - batch.ref_R) * self.scale(batch), batch.index)
+        u_GK, valid_GK = groups.pad(batch.ratio_R * self.scale(batch), batch.index)
         q_GK, _ = groups.pad(self.target(batch), batch.index)
         return groups.log_softmax(u_GK, valid_GK), self._log_targets(q_GK, valid_GK), valid_GK
 

@@ -96,8 +96,8 @@ class AlphaDPO(PairLoss):
 
     def _standardized(self, batch: Batch) -> Tensor:
         """(P,) Z."""
-        ratio_R = batch.logp_R - batch.ref_R
-        chosen, rejected = batch.pairs(ratio_R * self.scale(batch) if self.normalize == "mean" else ratio_R)
+        scaled = self.normalize == "mean"
+        chosen, rejected = batch.pairs(batch.ratio_R * self.scale(batch) if scaled else batch.ratio_R)
         g = chosen - rejected
         if self.stats == "fixed":
             return (g - self.mean) / max(self.std, self.eps)

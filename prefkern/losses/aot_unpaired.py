@@ -39,7 +39,7 @@ class AOTUnpaired(AOT):
     def _order(self, batch: Batch) -> Tensor:
         """(R,) responses in the order of their ranks: chosen, rejected, chosen, ..."""
         counted = pairs_that_count(batch)
-        chosen, rejected = (ranked(values, counted) for values in batch.pairs(batch.logp_R - batch.ref_R))
+        chosen, rejected = (ranked(values, counted) for values in batch.pairs(batch.ratio_R))
         return torch.stack([2 * chosen, 2 * rejected + 1], 1).flatten()
 
     def regroup(self, batch: Batch) -> TailIndex:

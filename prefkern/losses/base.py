@@ -104,6 +104,7 @@ class Batch:
     logps_N: Tensor | None = None
     logp_R: Tensor | None = None  # weighted sums of log-probabilities
     ref_R: Tensor | None = None  # the reference's, 0 where the loss has none
+    ratio_R: Tensor | None = None  # logp_R - ref_R, added up token by token: the two may be large and nearly equal
 
     def pairs(self, values_R: Tensor) -> tuple[Tensor, Tensor]:
         """(P,) values of the chosen and of the rejected responses."""
@@ -254,6 +255,10 @@ class Loss(ABC):
             logp_R: log-probability of each response, in nats, unscaled and unweighted.
             batch: what the constants were made of.
         """
+
+    def metric_shares(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The share of the call's prompts that a metric is a mean over, for those of `metrics` that leave some out."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ class BCO(PairLoss):
         if self.shift == "none":
             return 0.0
         counted_R = pairs_that_count(batch).repeat_interleave(2)
-        mean, count = global_mean(self.beta * (batch.logp_R - batch.ref_R), counted_R)
+        mean, count = global_mean(self.beta * batch.ratio_R, counted_R)
         delta, _ = running(batch.state, mean[None], (count > 0).to(mean))  # every batch with a pair counts the same
         return delta.expand(batch.layout.num_groups)
 
