@@ -34,7 +34,7 @@ from prefkern.training.resolve import (
     training_arguments,
 )
 from prefkern.training.sources import load_splits
-from prefkern.training.trainer import PreferenceTrainer, packed_collator
+from prefkern.training.trainer import PreferenceTrainer, check_loss, packed_collator
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def run_training(config: Config) -> RunResult:
     sharded = bool(args.fsdp or args.deepspeed)
     reference = resolve_reference(config.reference, loss, adapters=config.model.lora is not None, sharded=sharded)
     _check_head(config, args)
+    check_loss(loss, args, config.run.gradient_ratios)
     output = Path(config.run.output)
     saved = resolved(config, loss, options)
     checkpoint = _start(output, saved)

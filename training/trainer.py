@@ -52,7 +52,7 @@ class PreferenceTrainer(Trainer):
         train_dataset, eval_dataset: rows as `prepare_dataset` makes them.
         others: as in transformers.Trainer.
     Raises:
-        ConfigError: the reference does not fit the loss.
+        ConfigError: the reference, the batch size or the diagnostics do not fit the loss.
         ModelError: the model cannot be trained packed, see `check_model`.
     """
 
@@ -78,6 +78,7 @@ class PreferenceTrainer(Trainer):
             raise ConfigError(f"a reference_model was given, but reference.mode={self.reference!r}: set it to frozen")
         args.remove_unused_columns = False
         args._n_gpu = min(args.n_gpu, 1)  # a packed batch is one sequence: DataParallel could not split it
+        check_loss(loss, args, diagnostics)
         collator = data_collator or packed_collator(loss)
         pack_forward(model)
         if not sharded:
@@ -101,6 +102,11 @@ class PreferenceTrainer(Trainer):
                 frozen = pack_forward(reference_model).requires_grad_(False).eval()
                 check_model(frozen)
                 self._reference_head = head_arguments(reference_model, head)
+                if loss.needs_token_kl and self._reference_head != self._head:
+                    raise ConfigError(
+                        f"loss {loss.name!r} compares whole distributions, but the reference_model scales or caps its"
+                        " logits in another way: use one of the policy's kind"
+                    )
             if frozen is not None:
                 self._reference_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
 
@@ -142,15 +148,27 @@ class PreferenceTrainer(Trainer):
             )
 
         out = _forward(model, inputs, tail)
-        layout = inputs["layout"]
-        if model.training:
-            if self._anchor is not None:
-                self._anchor.observe(out.logps, ref_logps, layout)
-            self._train_window.add(out.metrics, layout.num_prompts, layout.num_tokens)
-        else:
-            self._eval_window.add(out.metrics, layout.num_prompts, layout.num_tokens)
+        if model.training and self._anchor is not None:
+            self._anchor.observe(out.logps, ref_logps, inputs["layout"])
+        self._add_metrics(out.metrics, inputs["layout"], model.training, num_items_in_batch)
         loss = out.loss * self.accelerator.num_processes if num_items_in_batch is not None else out.loss
         return (loss, out) if return_outputs else loss
+
+    def _add_metrics(
+        self, metrics: dict[str, Tensor], layout: Layout, training: bool, normalizers: Tensor | None
+    ) -> None:
+        """Add one micro-batch's metrics to the window; loss/<name> counts by what that addend is divided by."""
+        window = self._train_window if training else self._eval_window
+        window.add(
+            {name: value for name, value in metrics.items() if not name.startswith("loss/")},
+            layout.num_prompts,
+            layout.num_tokens,
+            self.loss.metric_shares(metrics),
+        )
+        parts = [name for name in metrics if name.startswith("loss/")]
+        for i, (name, items) in enumerate(zip(parts, self._items(layout))):
+            share = 1.0 if normalizers is None else normalizers[i] / items  # the whole batch's, which divided it
+            window.add_weighted(name, metrics[name] * share, items)
 
     def _ref_rows(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, HeadRows | None]:
         """The reference's (N,) log-probabilities, and its hidden rows and head for losses that compare distributions.
@@ -285,6 +303,19 @@ def packed_collator(loss: Loss, max_length: int | None = None) -> PackedCollator
         max_length: the most tokens of a prompt with another's response, where the loss needs such sequences.
     """
     return PackedCollator(loss.arity, getattr(loss, "accumulate", "segment"), loss.needs_mismatched, max_length)
+
+
+def check_loss(loss: Loss, args: TrainingArguments, diagnostics: bool) -> None:
+    """Raise ConfigError where batch size or diagnostics do not fit the loss."""
+    if diagnostics and loss.arity != "pair":
+        raise ConfigError(
+            f"run.gradient_ratios=true compares the responses of a pair, but loss {loss.name!r} is not of pairs"
+        )
+    if loss.needs_mismatched and args.per_device_train_batch_size < 2:
+        raise ConfigError(
+            f"loss {loss.name!r} needs prompts with the responses of other prompts in the batch: set"
+            " trainer.per_device_train_batch_size to 2 or more"
+        )
 
 
 def _forward(model: nn.Module, batch: dict[str, Any], tail: Tail) -> Any:

@@ -1,6 +1,6 @@
 """A weighted sum of losses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -111,6 +111,9 @@ class Combination(Loss):
 
     def metrics(self, score_R: Tensor, logp_R: Tensor, batch: Batch) -> dict[str, Tensor]:
         return self.leading.metrics(score_R, logp_R, batch)
+
+    def metric_shares(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.leading.metric_shares(metrics)
 
 
 def _pairs(parts: Any) -> Iterable[tuple[float, Loss]]:

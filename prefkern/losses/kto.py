@@ -1,5 +1,6 @@
 """KTO: responses judged one by one, against a baseline that the whole batch shares."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -96,3 +97,8 @@ class KTO(Loss):
             "rewards/desirable": desirable.mean(), "logps/chosen": logp_chosen, "logps/rejected": logp_rejected,
         }  # fmt: skip
         return metrics if self.baseline == "zero" else {**metrics, "kl": self._kl(batch)}
+
+    def metric_shares(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        desirable = metrics["rewards/desirable"]
+        shares = {"chosen": desirable, "rejected": 1 - desirable}
+        return {f"{what}/{kind}": share for what in ("rewards", "logps") for kind, share in shares.items()}
