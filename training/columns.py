@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefkern.losses import Loss
+from prefkern.losses import Given, Loss
 from prefkern.training.errors import DataError, nearest
 from prefkern.training.resolve import cuts_from_data
 
@@ -23,6 +22,8 @@ RESPONSES: Mapping[Arity, tuple[str, ...]] = {
     "single": ("completion",),
     "list": ("completions",),
 }
+_LARGEST = 3.4028234663852886e38  # of fp32
+_ROUNDED = 1e-3  # probabilities that were written with a few digits
 _TARGETS: Mapping[tuple[TargetKind, Arity], tuple[str, ...]] = {
     ("score", "pair"): ("chosen_score", "rejected_score"),
     ("score", "single"): ("score",),
@@ -43,12 +44,14 @@ class Needs:
             real number a response; "label" reads label, true where the response is desirable; "preference" reads
             preference, the probability that chosen is preferred to rejected.
         token_weights: `<response>_token_weights`, a number for each of a response's tokens.
+        probabilities: whether the scores of a row must be none below 0 and add up to 1.
     """
 
     arity: Arity = "pair"
     boundaries: bool = False
     target_kind: TargetKind | None = None
     token_weights: bool = False
+    probabilities: bool = False
 
     def __post_init__(self) -> None:
         if self.target_kind and (self.target_kind, self.arity) not in _TARGETS:
@@ -60,7 +63,13 @@ class Needs:
     @classmethod
     def of(cls, loss: Loss, token_weights: bool = False) -> Needs:
         """What this loss needs; `token_weights` reads them though it does not."""
-        return cls(loss.arity, cuts_from_data(loss), loss.target_kind, token_weights or loss.needs_token_weights)
+        return cls(
+            loss.arity,
+            cuts_from_data(loss),
+            loss.target_kind,
+            token_weights or loss.needs_token_weights,
+            any(isinstance(getattr(term.loss, "targets", None), Given) for term in loss.addends()),
+        )
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -134,11 +143,13 @@ def cells(row: Mapping[str, Any], needs: Needs, suffix: str, what: str) -> list 
         return None
     value = row[name]
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise DataError(f"its {name} should be a list with {what} a response, not {value!r}")
+        raise DataError(f"its {name} should be a list with a {what} for each response, not {value!r}")
     if suffix == "" and not value:
         raise DataError("its list of completions is empty: remove the row or fill it in")
     if suffix and len(value) != len(row[needs.responses[0]]):
-        raise DataError(f"it has {len(value)} {name} for {len(row[needs.responses[0]])} completions: give each {what}")
+        raise DataError(
+            f"it has {len(value)} {name} for {len(row[needs.responses[0]])} completions: give each completion a {what}"
+        )
     return list(value)
 
 
@@ -153,17 +164,26 @@ def targets(row: Mapping[str, Any], needs: Needs) -> list[float]:
         return _preference(found[0])
     if needs.target_kind == "label":
         return [_label(found[0])]
-    name, scores = needs.target_columns[0], found
+    names, scores = needs.target_columns, found
     if needs.arity == "list":
+        [name] = needs.target_columns
         [scores] = found
         responses = row[needs.responses[0]]
         if not isinstance(scores, Sequence) or isinstance(scores, str):
             raise DataError(f"its {name} should be a list of one number a completion, not {scores!r}")
         if len(scores) != len(responses):
             raise DataError(f"it has {len(scores)} {name} for {len(responses)} completions: give each completion one")
-    for score in scores:
+        names = [name] * len(scores)
+    for name, score in zip(names, scores):
         if not is_finite(score):
-            raise DataError(f"its {name} holds {score!r}, which is not a finite number: remove the row or fill it in")
+            raise DataError(
+                f"its {name} holds {score!r}, which is not a finite number in fp32: mend it or remove the row"
+            )
+    if needs.probabilities and (min(scores) < 0 or abs(sum(scores) - 1) > _ROUNDED):
+        raise DataError(
+            f"its scores {scores} add up to {sum(scores):.6g}, but the loss takes them for probabilities: give numbers"
+            " from 0 on that add up to 1, or choose other targets than given"
+        )
     return [float(score) for score in scores]
 
 
@@ -180,29 +200,27 @@ def _label(value: Any) -> float:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a cell holds a finite real number."""
-    return isinstance(value, Real) and math.isfinite(value)
+    """Whether a cell holds a real number that is finite in fp32, which data are kept in."""
+    return isinstance(value, Real) and abs(value) <= _LARGEST
 
 
-def token_weights(name: str, weights: Any, tokens: int) -> list[float]:
-    """A response's token weights, or all ones where its column is missing.
+def token_weights(weights: Any, tokens: int) -> list[float]:
+    """A response's token weights.
 
     Raises:
         DataError: there is not one finite number for each of its tokens.
     """
-    if weights is None:
-        return [1.0] * tokens
     if not isinstance(weights, Sequence) or isinstance(weights, str):
-        raise DataError(f"its {name} should be a list of one number a token, not {weights!r}")
+        raise DataError(f"its token weights should be a list of one number a token, not {weights!r}")
     if len(weights) != tokens:
         raise DataError(
-            f"it has {len(weights)} {name}, but the response has {tokens} tokens, with its end-of-sequence token and "
-            "before truncation: make them with this tokenizer by `prefkern score-critical-tokens`"
+            f"it has {len(weights)} token weights, but the response has {tokens} tokens, with its end-of-sequence token"
+            " and before truncation: make them with this tokenizer by `prefkern score-critical-tokens`"
         )
-    wrong = next((w for w in weights if not is_finite(w)), None)
-    if wrong is not None or None in weights:
-        raise DataError(f"its {name} hold {wrong!r}, which is not a finite number: make them again")
-    return [float(w) for w in weights]
+    for weight in weights:
+        if not is_finite(weight):
+            raise DataError(f"its token weights hold {weight!r}, which is not a finite number in fp32: make them again")
+    return [float(weight) for weight in weights]
 
 
 def standard_columns(rows: datasets.Dataset, needs: Needs, columns: Mapping[str, str], name: str) -> datasets.Dataset:

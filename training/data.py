@@ -17,6 +17,7 @@ What a row becomes:
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,16 +138,16 @@ class RowTokenizer:
         texts = [self._at(i, self._text, row) for i, row in zip(indices, rows)]
         prompt_ids = self._encode([t.prompt for t in texts])["input_ids"]
         encoded = self._encode([self._until_eos(t, r) for t in texts for r in range(len(t.responses))])
-        responses = [dict(zip(encoded, values)) for values in zip(*(encoded[key] for key in encoded))]
+        responses = (dict(zip(encoded, values)) for values in zip(*(encoded[key] for key in encoded)))
         out: dict[str, list] = {column: [] for column in self.features}
         for i, row, text, prompt in zip(indices, rows, texts, prompt_ids):
-            mine, responses = responses[: len(text.responses)], responses[len(text.responses) :]
+            mine = list(itertools.islice(responses, len(text.responses)))
             for column, value in self._at(i, self._row, row, text, prompt, mine).items():
                 out[column].append(value)
         return out
 
     def _text(self, row: Mapping[str, Any]):
-        return split_row(row.get("prompt"), cells(row, self.needs, "", "text"), self.tokenizer)
+        return split_row(row.get("prompt"), cells(row, self.needs, "", "text or conversation"), self.tokenizer)
 
     def _row(self, row: Mapping[str, Any], text, prompt: list[int], encoded: list[Mapping]) -> dict[str, Any]:
         """The columns made of one row."""
@@ -158,11 +159,13 @@ class RowTokenizer:
             cuts = self._cuts(text, given, [e["offset_mapping"] for e in encoded], responses)
             made |= scatter(cuts, arity, "{}_cuts")
         if self.needs.token_weights:
-            weights = cells(row, self.needs, "_token_weights", "list of weights")
-            weights = weights or [None] * len(whole)
-            checked = [token_weights("token weights", w, len(ids)) for w, ids in zip(weights, whole)]
-            kept = [w[: len(ids)] for w, ids in zip(checked, responses)]
-            made |= scatter(kept, arity, "{}_token_weights")
+            if arity == "list":
+                given = cells(row, self.needs, "_token_weights", "list of weights")
+            else:  # a pair may have only one of the two columns
+                columns = self.needs.weight_columns
+                given = [row.get(column, [1.0] * len(ids)) for column, ids in zip(columns, whole)]
+            weights = [token_weights(w, len(ids))[: len(kept)] for w, ids, kept in zip(given, whole, responses)]
+            made |= scatter(weights, arity, "{}_token_weights")
         if self.needs.target_kind:
             made["targets"] = targets(row, self.needs)
         made["length"] = len(responses) * (len(prompt) - 1) + sum(map(len, responses))
@@ -213,6 +216,8 @@ class RowTokenizer:
         if text.templated:
             raise DataError("its boundaries count characters of plain text, but it is a conversation: give plain text")
         for positions, response in zip(given, text.responses):
+            if not isinstance(positions, list) or not all(isinstance(p, int) for p in positions):
+                raise DataError(f"its boundaries should be a list of whole numbers, not {positions!r}")
             if sorted(positions) != list(positions) or any(not 0 <= p <= len(response) for p in positions):
                 raise DataError(
                     f"its boundaries {positions} should not decrease and lie within the {len(response)} characters"

@@ -29,4 +29,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known)}" if len(known) <= 20 else f"there are {len(known)} known names, none like it"
+    return f"known: {', '.join(known)}" if len(known) <= 40 else f"there are {len(known)} known names, none like it"

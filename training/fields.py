@@ -60,7 +60,7 @@ def _read_fields(cls: type, given: Mapping[str, Any], key: str, also: tuple[str,
 def _read_field(field: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:
     if "kinds" in field.metadata:
         return _read_variant(field, value, key)
-    if hint in ONE_LOSS and value is not None:
+    if hint in ONE_LOSS and not (value is None and hint is not losses.Loss):
         return read_loss(value, key)
     if hint in MANY_LOSSES:
         return _read_losses(value, key)
