@@ -14,6 +14,8 @@ _SHOWN = {
     "eval_loss": "eval loss",
     "rewards/margins": "margin",
     "eval_rewards/margins": "margin",
+    "rewards/best": "best",
+    "eval_rewards/best": "best",
     "rewards/accuracies": "accuracy",
     "eval_rewards/accuracies": "accuracy",
     "mean_token_accuracy": "token accuracy",

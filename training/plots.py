@@ -20,17 +20,38 @@ PANELS = (
     Panel(
         "Rewards",
         "reward (nats)",
-        {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"},
+        {
+            "rewards/chosen": "chosen",
+            "rewards/rejected": "rejected",
+            "rewards/margins": "margin",
+            "rewards/best": "best response",
+        },
     ),
     Panel(
         "Preference accuracy",
-        "share of pairs",
+        "share of prompts",
         {"rewards/accuracies": "training", "eval_rewards/accuracies": "evaluation"},
     ),
     Panel(
         "Response log-probability",
         "nats per response",
-        {"logps/chosen": "chosen", "logps/rejected": "rejected", "logps/response": "response"},
+        {
+            "logps/chosen": "chosen",
+            "logps/rejected": "rejected",
+            "logps/response": "response",
+            "logps/best": "best response",
+        },
+    ),
+    Panel(
+        "Distance from the reference",
+        "nats per response",
+        {"kl": "mismatched responses", "list/log_ratio": "the list's responses"},
+    ),
+    Panel("Choice among a list", "entropy (nats)", {"list/entropy": "policy", "list/target_entropy": "target"}),
+    Panel(
+        "Pull on chosen over rejected",
+        "log of gradient ratio",
+        {"gradients/log_ratio_logp": "this loss", "gradients/log_ratio_logp_before": "without its correction"},
     ),
     Panel(
         "Token accuracy",
