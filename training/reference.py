@@ -24,6 +24,8 @@ from prefkern.training.config import HeadConfig, ReferenceConfig, ReferenceMode
 from prefkern.training.errors import ConfigError
 from prefkern.training.model import Tail, base_model, head_options
 
+_NO_SETTINGS = ("_name_or_path", "transformers_version", "use_cache")  # of a configuration: the model is the same
+
 
 def resolve_reference(
     reference: ReferenceMode | ReferenceConfig, loss: Loss, *, adapters: bool = False, sharded: bool = False
@@ -43,7 +45,8 @@ def resolve_reference(
     if mode == "auto":
         return ReferenceConfig("frozen" if loss.needs_reference else "none")
     if loss.needs_reference and mode == "none":
-        raise ConfigError(f"loss {loss.name!r} compares with a reference: set reference.mode to frozen or precomputed")
+        ways = "frozen" if loss.needs_token_kl or loss.needs_mismatched else "frozen or precomputed"
+        raise ConfigError(f"loss {loss.name!r} compares with a reference: set reference.mode to {ways}")
     if not loss.needs_reference and mode != "none":
         raise ConfigError(f"loss {loss.name!r} uses no reference: remove reference.mode={mode!r}")
     what = (
@@ -188,8 +191,9 @@ def add_reference_logps(
 
 
 def _weights_key(model: nn.Module) -> str:
-    """A hash of the frozen weights: what the reference computes with."""
-    digest = xxhash.xxh3_128()
+    """A hash of the frozen weights and of the model's configuration: what the reference computes with."""
+    digest, settings = xxhash.xxh3_128(), base_model(model).config.to_dict()
+    digest.update(repr(sorted((k, v) for k, v in settings.items() if k not in _NO_SETTINGS)).encode())
     for key, tensor in sorted(base_model(model).state_dict().items()):
         if ".lora_" not in key:
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
