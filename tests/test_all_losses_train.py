@@ -111,6 +111,27 @@ def test_accumulation_4_by_1_equals_1_by_4(tmp_path, name):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", SPLIT)
+def test_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path, name):
+    """Lists and responses of several lengths, and a short last batch: every mean is over the whole set."""
+    loss = SPLIT[name]
+    rows = datasets.Dataset.from_list(tiny.rows_for(loss, 9))
+    rows = prepare_dataset(rows, tiny.tokenizer(), DataConfig(train="x"), Needs.of(loss))
+
+    def evaluate(size: int) -> dict[str, float]:
+        args = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, per_device_eval_batch_size=size
+        )
+        policy, reference = tiny.llama().double(), tiny.llama(initializer_range=0.1).double()
+        found = PreferenceTrainer(policy, args, loss=loss, reference_model=reference, eval_dataset=rows).evaluate()
+        return {key: value for key, value in found.items() if "runtime" not in key and "per_second" not in key}
+
+    whole, parts = evaluate(9), evaluate(2)
+    assert parts == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    if loss.addends()[1:]:
+        assert whole["eval_loss"] == pytest.approx(whole["eval_loss/dpo"] + 0.5 * whole["eval_loss/nll"], rel=1e-5)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         made = write_model(Path(temporary))

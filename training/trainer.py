@@ -87,6 +87,7 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch: do not divide again
         self.loss_is_scaled_for_ga = True
         self._train_window, self._eval_window = MetricWindow(), MetricWindow()
+        self._addends: dict[str, float] = {}  # weights of the metrics loss/<name>, where the loss is a sum
         head = head or HeadConfig()
         self._head = self._reference_head = head_arguments(model, head)
         self._reference_model = None
@@ -166,6 +167,7 @@ class PreferenceTrainer(Trainer):
             self.loss.metric_shares(metrics),
         )
         parts = [name for name in metrics if name.startswith("loss/")]
+        self._addends = dict(zip(parts, (term.weight for term in self.loss.addends())))
         for i, (name, items) in enumerate(zip(parts, self._items(layout))):
             share = 1.0 if normalizers is None else normalizers[i] / items  # the whole batch's, which divided it
             window.add_weighted(name, metrics[name] * share, items)
@@ -232,7 +234,8 @@ class PreferenceTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        self._eval_window.add_weighted("loss", loss, self._items(inputs["layout"])[0])
+        if not self._addends:
+            self._eval_window.add_weighted("loss", loss, self._items(inputs["layout"])[0])
         return loss.detach(), None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -247,6 +250,8 @@ class PreferenceTrainer(Trainer):
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
         means = self._eval_window.flush(self._add_up)
+        if self._addends:  # each is a mean over what it counts: batches have no weight that would fit them all
+            means["loss"] = sum(weight * means[name] for name, weight in self._addends.items())
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 

@@ -80,14 +80,14 @@ class ListLoss(Loss):
         return groups.unpad(self.targets.make(*groups.pad(batch.target_R, batch.index)), batch.index)
 
     def metrics(self, score_R: Tensor, logp_R: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Means over prompts, or over responses where it says so.
+        """Means over prompts.
 
         rewards/best: u of the response with the best reward (the first of several).
         rewards/accuracies: share of prompts whose largest p belongs to a response with the best reward.
         logps/best: log-probability of that response, in nats.
         list/entropy, list/target_entropy: of p and of q, in nats; the latter not for a ranking.
-        list/log_ratio: log pi - log anchor, over responses: where they were sampled from the policy, an estimate of
-            KL(pi || anchor).
+        list/log_ratio: log pi - log anchor, the mean over a prompt's responses: where they were sampled from the
+            policy, an estimate of KL(pi || anchor).
         list/tau: temperature.
         """
         score_GK, valid_GK = groups.pad(score_R, batch.index)
@@ -102,7 +102,7 @@ class ListLoss(Loss):
             "rewards/accuracies": (chosen_G1 == reward_GK.gather(1, best_G1)).to(score_GK.dtype),
             "logps/best": groups.pad(logp_R, batch.index)[0].gather(1, best_G1),
             "list/entropy": groups.entropy(p_GK),
-            "list/log_ratio": score_R / scale_R,
+            "list/log_ratio": groups.mean(*groups.pad(score_R / scale_R, batch.index)),
             "list/tau": groups.mean(*groups.pad(tau, batch.index)),
         }
         if not isinstance(self.targets, PlackettLuce):
