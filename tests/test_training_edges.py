@@ -10,6 +10,7 @@ from prefkern.training.callbacks import read_metrics
 from prefkern.training.cli import main
 from prefkern.training.metrics import MetricWindow
 from prefkern.training.reference import _weights_key
+from prefkern.training.registry_docs import options
 from prefkern.training.trainer import PreferenceTrainer
 
 
@@ -131,3 +132,10 @@ def test_precomputed_references_are_kept_apart_by_the_models_configuration():
     one, other, moved = tiny.llama(), tiny.llama(rope_theta=500.0), tiny.llama()
     moved.config._name_or_path, moved.config.use_cache = "elsewhere", False
     assert _weights_key(one) == _weights_key(moved) != _weights_key(other)
+
+
+def test_pages_tell_what_a_loss_is_about_before_what_every_pair_loss_has():
+    names = [option.name for option in options(losses.CriticalTokenDPO)]
+    assert names[0] == "granularity" and names.index("beta") < names.index("nll_weight")
+    beta = next(option for option in options(losses.CriticalTokenDPO) if option.name == "beta")
+    assert beta.meaning == "strength of the pull to the reference, in 1/nats."

@@ -133,7 +133,7 @@ class Option:
 
 
 def options(cls: type) -> list[Option]:
-    """The options of a loss or of a small object, those of the class itself before those that it inherits."""
+    """The options of a loss or of a small object, those of nearer classes first."""
     hints, found = typing.get_type_hints(cls), []
     for f in dataclasses.fields(cls):
         allowed, choices, kinds = (f.metadata.get(key) for key in ("range", "choices", "kinds"))
@@ -150,8 +150,8 @@ def options(cls: type) -> list[Option]:
         default = _REQUIRED if f.default is dataclasses.MISSING else _yaml(_short(describe_field(f, f.default)))
         hint = allowed.recommended if allowed else ""
         found.append(Option(f.name, values, default, hint, _meaning(cls, f.name), kinds or {}))
-    own = cls.__dict__.get("__annotations__", {})
-    return sorted(found, key=lambda option: option.name not in own)
+    stated = [base.__dict__.get("__annotations__", {}) for base in cls.__mro__]
+    return sorted(found, key=lambda option: next(i for i, names in enumerate(stated) if option.name in names))
 
 
 def _short(value: Any) -> Any:

@@ -29,8 +29,8 @@ class CriticalTokenDPO(AutoregressiveDPO):
         width: of aggregate="token": divides by `width` positions a pair in place of those compared. The released code
             averages over the padded width L of prompt and response; with width=L the gradient is that one's, and the
             loss is lower by the constant log 2 for every share of padding and prompt among the positions.
-        beta, label_smoothing, granularity, segment_reduction, accumulate: as in `autoregressive_dpo`; the last three
-            at their defaults with aggregate="token".
+        beta, label_smoothing: as in `autoregressive_dpo`.
+        granularity, segment_reduction, accumulate: as in `autoregressive_dpo`; not with aggregate="token".
     Degenerates to: `autoregressive_dpo` with weights of 1.
     Source:
         Lin et al. 2024, arXiv:2411.19943: "token" with width, and scores, as in the authors' code; the whole-response
