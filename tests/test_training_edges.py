@@ -1,5 +1,7 @@
 """Where training could mislead: metrics of split batches, values that no loss can take, options that do not fit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -8,10 +10,11 @@ import tiny
 from prefkern import losses
 from prefkern.training.callbacks import read_metrics
 from prefkern.training.cli import main
+from prefkern.training.errors import ConfigError
 from prefkern.training.metrics import MetricWindow
 from prefkern.training.reference import _weights_key
 from prefkern.training.registry_docs import options
-from prefkern.training.trainer import PreferenceTrainer
+from prefkern.training.trainer import PreferenceTrainer, check_loss
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,13 @@ def test_whole_distributions_of_heads_that_differ_are_refused(tmp_path):
     reference.packing_is_checked = True
     with pytest.raises(ValueError, match="scales or caps its logits in another way"):
         PreferenceTrainer(tiny.llama(), args, loss=losses.TDPO1(), reference="frozen", reference_model=reference)
+
+
+def test_whole_distributions_are_refused_where_heads_are_sharded():
+    args = SimpleNamespace(fsdp=["full_shard"], per_device_train_batch_size=4)  # real ones want several devices
+    check_loss(losses.DPO(), args, diagnostics=False)
+    with pytest.raises(ConfigError, match="loss 'tdpo1' needs the reference's head .* train with DDP or ZeRO-2"):
+        check_loss(losses.TDPO1(), args, diagnostics=False)
 
 
 def test_precomputed_references_are_kept_apart_by_the_models_configuration():

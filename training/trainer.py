@@ -52,7 +52,7 @@ class PreferenceTrainer(Trainer):
         train_dataset, eval_dataset: rows as `prepare_dataset` makes them.
         others: as in transformers.Trainer.
     Raises:
-        ConfigError: the reference, the batch size or the diagnostics do not fit the loss.
+        ConfigError: the reference, the batch size, the diagnostics or the engine do not fit the loss.
         ModelError: the model cannot be trained packed, see `check_model`.
     """
 
@@ -311,7 +311,7 @@ def packed_collator(loss: Loss, max_length: int | None = None) -> PackedCollator
 
 
 def check_loss(loss: Loss, args: TrainingArguments, diagnostics: bool) -> None:
-    """Raise ConfigError where batch size or diagnostics do not fit the loss."""
+    """Raise ConfigError where batch size, diagnostics or engine do not fit the loss."""
     if diagnostics and loss.arity != "pair":
         raise ConfigError(
             f"run.gradient_ratios=true compares the responses of a pair, but loss {loss.name!r} is not of pairs"
@@ -320,6 +320,11 @@ def check_loss(loss: Loss, args: TrainingArguments, diagnostics: bool) -> None:
         raise ConfigError(
             f"loss {loss.name!r} needs prompts with the responses of other prompts in the batch: set"
             " trainer.per_device_train_batch_size to 2 or more"
+        )
+    if loss.needs_token_kl and args.fsdp:
+        raise ConfigError(
+            f"loss {loss.name!r} needs the reference's head while the policy runs, but FSDP keeps a head only while its"
+            " own model runs: train with DDP or ZeRO-2"
         )
 
 
