@@ -76,7 +76,7 @@ def alpha_divergence(score_K, valid_K, target_K, margin, p0, p1, p2, p3, p4, p5)
 
 
 LINKS = (
-    (cross_entropy, 8),
-    (plackett_luce, 8),
-    (alpha_divergence, 8),
+    (cross_entropy, 64),
+    (plackett_luce, 64),
+    (alpha_divergence, 64),
 )
