@@ -7,8 +7,8 @@ target_K holds what each member should be (0 where the loss has no targets); mar
 hyper-parameters, run-time values. value is a scalar; dscore_K = dvalue/dscore_K is exactly 0 at padding. All is fp32.
 
 A link runs inside the tail kernel (tail.py), which is compiled with it as a constant. Each file lists its links in
-LINKS, with the number of members that a group of theirs has (64, which is promised, where any will do): from there ahead-of-time
-compilation and its test take them.
+LINKS, with the number of members that a group of theirs has (where any will do, the 64 that are promised): from there
+ahead-of-time compilation and its test take them.
 """
 
 import triton
