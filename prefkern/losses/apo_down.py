@@ -11,7 +11,7 @@ from prefkern.losses.base import PairLoss, ranged, register
 @register("apo_down")
 @dataclass(frozen=True, kw_only=True)
 class APODown(PairLoss):
-    """Both responses become less likely, the rejected one more so.
+    """The gap between the responses grows while the chosen one's own reward goes down.
 
         L = sigma(beta a_w) + 1 - sigma(beta (a_w - a_l)),    mean over pairs
 

@@ -12,7 +12,7 @@ from prefkern.losses.base import PairLoss, ranged, register
 @register("nca")
 @dataclass(frozen=True, kw_only=True)
 class NCA(PairLoss):
-    """The chosen response is to be told from noise; both are noise half of the time, so that rewards stay near 0.
+    """The chosen response shall look unlike noise; either response also counts, by half, as noise: rewards stay near 0.
 
         r = beta * a
         L = -log sigma(r_w) - 1/2 log sigma(-r_w) - 1/2 log sigma(-r_l),    mean over pairs
