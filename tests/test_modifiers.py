@@ -27,6 +27,7 @@ def run(loss, logps, ref, layout=LAYOUT, impl="eager", **options):
     return pk.preference_loss(logps, layout, loss, ref if loss.needs_reference else None, impl=impl, **options)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
 @IMPLS
 def test_ld_alpha_counts_without_masked_tokens(impl):
     """Tokens masked at the start, in the middle and at the end move no token across the shorter response's length."""

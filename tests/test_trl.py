@@ -39,6 +39,8 @@ import tiny  # noqa: E402
 from prefkern.training.collator import PackedCollator  # noqa: E402
 from prefkern.training.model import pack_forward  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's use of transformers, not of ours
+
 WITHIN = 1e-5
 BETA = 0.5
 # Lengths differ within pairs, both ways, and between them; the last chosen response is the last rejected one's start.
