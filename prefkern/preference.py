@@ -267,7 +267,7 @@ def logits_preference_loss(
             impl=impl, keep_logits=keep_logits,
         )  # fmt: skip
         return _from_token_logps(out, layout, loss, given, normalizer, impl, state)
-    want = check_outputs((*outputs, *_row_outputs(loss)))
+    want = check_outputs(outputs)
     check_logits(logits, labels, ignore_index)
     logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     given = replace(given, mask_N=given.mask_N.reshape(-1))

@@ -10,9 +10,9 @@ from torch import Tensor
 from prefkern import reference
 from prefkern.chunked import walk_vocabulary
 from prefkern.head import IGNORE_INDEX, Head
-from prefkern.planner import Plan, plan
+from prefkern.planner import Plan
 from prefkern.rows import pieces, slope_of, transformed
-from prefkern.token_logps import autocast_head, check_head, first_order_only
+from prefkern.token_logps import autocast_head, check_head, first_order_only, plan_head
 
 
 def token_kl(
@@ -77,13 +77,7 @@ def token_kl(
     valid, hidden = valid.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     ref_hidden = ref_hidden.reshape(-1, ref_hidden.shape[-1])
     ref = tuple(None if t is None else t.detach() for t in (ref_hidden, ref_weight, ref_bias))
-    grad = torch.is_grad_enabled()
-    chosen = plan(
-        (hidden.shape[0], hidden.shape[1], weight.shape[0]), hidden.dtype, hidden.device,
-        grad_hidden=grad and hidden.requires_grad,
-        grad_head=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        impl=impl, workspace_bytes=workspace_bytes,
-    )  # fmt: skip
+    chosen = plan_head(hidden, weight, bias, impl, workspace_bytes)
     if chosen.row.body == "eager":
         return reference.kl_from_hidden(hidden, weight, bias, *ref, valid, head).view(shape)
     both = replace(chosen, itemsize=hidden.dtype.itemsize + ref_hidden.dtype.itemsize)

@@ -119,19 +119,24 @@ def token_logps(
     shape, hidden, labels = labels.shape, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if impl == "cut" and "log_collision" in want:
         raise ValueError("impl='cut' has no output 'log_collision': use impl='auto' or 'chunked'")
-    grad = torch.is_grad_enabled()
-    chosen = plan(
-        (hidden.shape[0], hidden.shape[1], weight.shape[0]), hidden.dtype, hidden.device,
-        grad_hidden=grad and hidden.requires_grad,
-        grad_head=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        impl=impl, workspace_bytes=workspace_bytes,
-    )  # fmt: skip
+    chosen = plan_head(hidden, weight, bias, impl, workspace_bytes)
     if chosen.row.body == "eager":
         stats = reference.rows_from_hidden(hidden, weight, bias, labels, head, want)
     else:
         call = HiddenCall(head, want, torch_rows.implementation(hidden.device, hidden.dtype), chosen)
         stats = RowStats(*TokenLogps.apply(hidden, weight, bias, labels, call))
     return _output(stats, want, shape)
+
+
+def plan_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, impl: str, workspace_bytes: int | None) -> Plan:
+    """The planner's choice for (N, D) hidden states under a head, by what of them wants a gradient now."""
+    grad = torch.is_grad_enabled()
+    return plan(
+        (hidden.shape[0], hidden.shape[1], weight.shape[0]), hidden.dtype, hidden.device,
+        grad_hidden=grad and hidden.requires_grad,
+        grad_head=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        impl=impl, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
 
 
 def logits_token_logps(
