@@ -181,6 +181,7 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
         return Specialization(
             f"fused_logits {name}", fused_logits_forward_kernel, types, constexprs,
             num_warps=config.num_warps, num_stages=config.num_stages, divisible=divisible,
+            sizes={"V": V, "T": mean_rows},
         )  # fmt: skip
 
     plain = [*OPTIONAL_POINTERS, "u_ptr", "bias_ptr", "entropy_ptr", "top1_ptr", "mean_ptr"]

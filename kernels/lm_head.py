@@ -14,6 +14,8 @@ Source: Wijmans et al. 2024, arXiv:2411.09009 (forward); the slices are ours.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,7 +25,9 @@ from torch import Tensor
 from prefkern.head import Head, RowStats
 from prefkern.products import add_product
 
+from . import block_sparse
 from .logits import label_column, label_logp_grad, online_update, transform, transform_args, transform_grad
+from .matmul import add_dot, add_dot_copied, descriptor, grouped_order
 from .row_softmax import empty_stats, finish_stats
 from .tuning import (
     TYPE_NAMES,
@@ -31,46 +35,30 @@ from .tuning import (
     HeadConfig,
     Specialization,
     arch_of,
+    can_bulk_copy,
     choose,
     head_config,
     on_its_device,
     require_dot_dtype,
-    vocab_splits,
+    tiles_per_program,
 )
 
 
 @triton.jit
-def grouped_order(pid, num_n, num_v, GROUP_N: tl.constexpr):
-    """Program number to (row block, vocabulary block): GROUP_N row blocks meet a part of the weight while L2 has it."""
-    first_n = pid // (GROUP_N * num_v) * GROUP_N
-    size_n = tl.minimum(num_n - first_n, GROUP_N)
-    local = pid % (GROUP_N * num_v)
-    return first_n + local % size_n, local // size_n
-
-
-@triton.jit
 def logits_tile(
-    hidden_ptr, weight_ptr, bias_ptr, rows, cols, D,
+    hidden, weight, bias_ptr, low_ptr, low_weight_ptr, first_n, first_v, rows, cols, D, R,
     stride_hn, stride_hd, stride_wv, stride_wd, in_scale, out_scale,
-    HAS_SOFTCAP: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """z (BLOCK_N, BLOCK_V) of the given rows and columns (int64, in range: the caller clamps), fp32."""
-    offs_d = tl.arange(0, BLOCK_D)
-    dims = offs_d.to(tl.int64)
-    hidden_ptrs = hidden_ptr + (rows * stride_hn)[:, None] + (dims * stride_hd)[None, :]
-    weight_ptrs = weight_ptr + (cols * stride_wv)[None, :] + (dims * stride_wd)[:, None]
+    """z (BLOCK_N, BLOCK_V) from row first_n and column first_v on, fp32; rows, cols: the same as int64, clamped."""
     z0 = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        if EVEN_D:
-            h = tl.load(hidden_ptrs)
-            w = tl.load(weight_ptrs)
-        else:
-            h = tl.load(hidden_ptrs, mask=(offs_d < D - start)[None, :], other=0.0)
-            w = tl.load(weight_ptrs, mask=(offs_d < D - start)[:, None], other=0.0)
-        z0 = tl.dot(h, w, z0, input_precision="ieee")
-        hidden_ptrs += BLOCK_D * tl.cast(stride_hd, tl.int64)
-        weight_ptrs += BLOCK_D * tl.cast(stride_wd, tl.int64)
+    if TMA:
+        z0 = add_dot_copied(z0, hidden, weight, first_n, first_v, D, BLOCK_D)
+    else:
+        z0 = add_dot(z0, hidden, weight, rows, cols, D, stride_hn, stride_hd, stride_wv, stride_wd, EVEN_D, BLOCK_D)
+    if low_ptr is not None:
+        z0 = add_dot(z0, low_ptr, low_weight_ptr, rows, cols, R, R, 1, R, 1, False, BLOCK_R)
     if bias_ptr is not None:
         z0 += tl.load(bias_ptr + cols).to(tl.float32)[None, :]
     return transform(z0, in_scale, out_scale, HAS_SOFTCAP)
@@ -78,13 +66,14 @@ def logits_tile(
 
 @triton.jit(do_not_specialize=["N", "tiles_per_split", "splits"])
 def lm_head_forward_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, labels_ptr,  # in: (N, D), (V, D), (V,) or None, (N,)
+    hidden, weight,  # in: (N, D) and (V, D), pointers or, with TMA, descriptors
+    low_ptr, low_weight_ptr, bias_ptr, labels_ptr,  # in: (N, R) and (V, R) or None, (V,) or None, (N,)
     max_ptr, sum_ptr, label_ptr, dot_ptr, total_ptr,  # out: (splits, N) each, the last two or None
     stride_hn, stride_hd, stride_wv, stride_wd,
-    N, D, V, tiles_per_split, splits,
+    N, D, V, R, tiles_per_split, splits,
     in_scale, out_scale,
-    HAS_SOFTCAP: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks * splits,): one program folds tiles_per_split tiles of logits into the sums of BLOCK_N rows."""
     WANT_ENTROPY: tl.constexpr = dot_ptr is not None
@@ -103,9 +92,10 @@ def lm_head_forward_kernel(
     for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, V), BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         z = logits_tile(
-            hidden_ptr, weight_ptr, bias_ptr, rows, tl.minimum(offs_v, V - 1).to(tl.int64), D,
+            hidden, weight, bias_ptr, low_ptr, low_weight_ptr,
+            pid_n * BLOCK_N, start, rows, tl.minimum(offs_v, V - 1).to(tl.int64), D, R,
             stride_hn, stride_hd, stride_wv, stride_wd, in_scale, out_scale,
-            HAS_SOFTCAP, EVEN_D, BLOCK_N, BLOCK_V, BLOCK_D,
+            HAS_SOFTCAP, TMA, EVEN_D, BLOCK_N, BLOCK_V, BLOCK_D, BLOCK_R,
         )  # fmt: skip
         mask_v = (offs_v < V)[None, :]
         if WANT_MEAN:
@@ -132,31 +122,36 @@ def lm_head_combine_kernel(
     labels_ptr,  # in: (N,)
     logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr,  # out: (N,) each, the last three or None
     N, V, splits, ignore_index,
-    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_N),): one program folds the parts of BLOCK_N rows, first part first."""
+    """Grid (cdiv(N, BLOCK_N),): one program folds the parts of BLOCK_N rows, BLOCK_S at a time."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    max_n = tl.load(max_ptr + rows)
-    for s in range(1, splits):
-        max_n = tl.maximum(max_n, tl.load(max_ptr + tl.cast(s, tl.int64) * N + rows))
+    max_n = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        offs = tl.minimum(offs_s, splits - 1).to(tl.int64)[:, None] * N + rows[None, :]
+        max_n = tl.maximum(max_n, tl.max(tl.load(max_ptr + offs), axis=0))
     finite_max_n = tl.where(max_n == float("-inf"), 0.0, max_n)
     sum_n = tl.zeros([BLOCK_N], tl.float32)
     z_label_n = tl.zeros([BLOCK_N], tl.float32)
     dot_n = tl.zeros([BLOCK_N], tl.float32)
     total_n = tl.zeros([BLOCK_N], tl.float32)
-    for s in range(0, splits):
-        offs = tl.cast(s, tl.int64) * N + rows
-        part_max_n = tl.load(max_ptr + offs)
-        part_sum_n = tl.load(sum_ptr + offs)
-        decay_n = tl.exp(part_max_n - finite_max_n)
-        sum_n += decay_n * part_sum_n
-        z_label_n += tl.load(label_ptr + offs)
+    for first in range(0, splits, BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        offs = offs_s.to(tl.int64)[:, None] * N + rows[None, :]
+        mask = (offs_s < splits)[:, None]
+        shift = tl.load(max_ptr + offs, mask=mask, other=float("-inf")) - finite_max_n[None, :]
+        part_sum = tl.load(sum_ptr + offs, mask=mask, other=0.0)
+        decay = tl.exp(shift)
+        sum_n += tl.sum(decay * part_sum, axis=0)
+        z_label_n += tl.sum(tl.load(label_ptr + offs, mask=mask, other=0.0), axis=0)
         if dot_ptr is not None:
-            shift_n = tl.where(decay_n > 0.0, part_max_n - finite_max_n, 0.0)
-            dot_n += decay_n * (tl.load(dot_ptr + offs) + shift_n * part_sum_n)
+            shift = tl.where(decay > 0.0, shift, 0.0)
+            part_dot = tl.load(dot_ptr + offs, mask=mask, other=0.0)
+            dot_n += tl.sum(decay * (part_dot + shift * part_sum), axis=0)
         if total_ptr is not None:
-            total_n += tl.load(total_ptr + offs)
+            total_n += tl.sum(tl.load(total_ptr + offs, mask=mask, other=0.0), axis=0)
     finish_stats(
         logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr,
         offs_n, offs_n < N, tl.load(labels_ptr + rows), z_label_n, max_n, sum_n, dot_n, total_n, V, ignore_index,
@@ -165,14 +160,15 @@ def lm_head_combine_kernel(
 
 @triton.jit(do_not_specialize=["N", "first_v", "ignore_index"])
 def lm_head_dlogits_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, lse_ptr, entropy_ptr,  # in: as the forward's, (N,) or None
-    grad_logp_ptr, grad_entropy_ptr,  # in: (N,), (N,) or None
+    hidden, weight, low_ptr, low_weight_ptr, bias_ptr, labels_ptr,  # in: as the forward's
+    lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,  # in: (N,) each, the entropy's or None
     out_ptr,  # out: (N, width), gradient of columns first_v, first_v + 1, ...; width a multiple of BLOCK_V
+    kept_ptr,  # out: (row blocks, column blocks) int8, whether a tile has an element of filter_eps or more; or None
     stride_hn, stride_hd, stride_wv, stride_wd,
-    N, D, V, first_v, width, ignore_index,
-    in_scale, out_scale,
-    HAS_SOFTCAP: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    N, D, V, R, first_v, width, ignore_index,
+    in_scale, out_scale, filter_eps,
+    HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks * column blocks of the slice,): one program recomputes and differentiates one tile of logits."""
     HAS_ENTROPY: tl.constexpr = grad_entropy_ptr is not None
@@ -183,12 +179,13 @@ def lm_head_dlogits_kernel(
     offs_w = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_v = first_v + offs_w
     z = logits_tile(
-        hidden_ptr, weight_ptr, bias_ptr, rows, tl.minimum(offs_v, V - 1).to(tl.int64), D,
+        hidden, weight, bias_ptr, low_ptr, low_weight_ptr,
+        pid_n * BLOCK_N, first_v + pid_v * BLOCK_V, rows, tl.minimum(offs_v, V - 1).to(tl.int64), D, R,
         stride_hn, stride_hd, stride_wv, stride_wd, in_scale, out_scale,
-        HAS_SOFTCAP, EVEN_D, BLOCK_N, BLOCK_V, BLOCK_D,
+        HAS_SOFTCAP, TMA, EVEN_D, BLOCK_N, BLOCK_V, BLOCK_D, BLOCK_R,
     )  # fmt: skip
     label_n = tl.load(labels_ptr + rows)
-    kept_n = label_n != ignore_index
+    kept_n = (label_n != ignore_index) & (offs_n < N)
     lse_n = tl.where(kept_n, tl.load(lse_ptr + rows), float("inf"))  # the lse of an ignored row is not its own: p = 0
     grad_logp_n = tl.load(grad_logp_ptr + rows).to(tl.float32)
     entropy_n = lse_n
@@ -199,10 +196,13 @@ def lm_head_dlogits_kernel(
     is_label = offs_v[None, :] == label_column(label_n, V)[:, None]
     dz = label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, HAS_ENTROPY)
     dz0 = dz * transform_grad(z, in_scale, out_scale, HAS_SOFTCAP)
-    dz0 = tl.where(kept_n[:, None], dz0, 0.0)
+    dz0 = tl.where(kept_n[:, None] & (offs_v < V)[None, :], dz0, 0.0)
+    if kept_ptr is not None:
+        kept = tl.max(tl.where(tl.abs(dz0) < filter_eps, 0, 1))  # NaN is kept
+        tl.store(kept_ptr + pid_n.to(tl.int64) * num_v + pid_v, kept.to(tl.int8))
+        dz0 = tl.where(kept > 0, dz0, 0.0)
     out_ptrs = out_ptr + (offs_n.to(tl.int64) * width)[:, None] + offs_w[None, :]
-    mask = (offs_n < N)[:, None] & (offs_v < V)[None, :]
-    tl.store(out_ptrs, dz0.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, dz0.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None])
 
 
 @on_its_device
@@ -213,11 +213,13 @@ def lm_head_forward(
     head: Head,
     *,
     bias_V: Tensor | None = None,
+    low_NR: Tensor | None = None,
+    low_weight_VR: Tensor | None = None,
     want_entropy: bool = False,
     want_top1: bool = False,
     want_mean: bool = False,
 ) -> RowStats:
-    """Row statistics of hidden @ weight.T, whose elements live in registers only.
+    """Row statistics of hidden @ weight.T + low @ low_weight.T + bias, whose elements live in registers only.
 
     Args:
         hidden_ND: (N, D) fp32, fp16 or bf16, any strides.
@@ -225,38 +227,36 @@ def lm_head_forward(
         labels_N: (N,) int64 in [0, V), or head.ignore_index; logp is NaN for a label outside both.
         head: the transform from raw logits to those of the softmax.
         bias_V: (V,), added to the raw logits.
+        low_NR, low_weight_VR: (N, R) and (V, R), same dtype: a second pair of factors, R of 1 to a few hundred.
         want_entropy, want_top1, want_mean: which optional statistics to compute.
     Returns:
         RowStats of fresh (N,) tensors; ignored rows hold 0 and False.
     """
+    inputs = _Inputs.of(hidden_ND, weight_VD, labels_N, bias_V, low_NR, low_weight_VR)
     (N, D), V, device = hidden_ND.shape, weight_VD.shape[0], hidden_ND.device
-    assert weight_VD.shape == (V, D) and weight_VD.dtype == hidden_ND.dtype and labels_N.shape == (N,) and V > 0
-    require_dot_dtype(hidden_ND.dtype)
     stats = empty_stats(N, device, want_entropy, want_top1, want_mean)
     if N == 0:
         return stats
     arch = arch_of(device)
-    labels_N = labels_N.contiguous()
-    bias_V = None if bias_V is None else bias_V.contiguous()
 
     def launch(config: HeadConfig) -> None:
-        tiles = triton.cdiv(V, config.block_v)
-        tiles_per_split = triton.cdiv(tiles, vocab_splits(N, V, config, arch))
-        splits = triton.cdiv(tiles, tiles_per_split)
+        per_program = tiles_per_program(N, D, V, config, arch)
+        splits = triton.cdiv(triton.cdiv(V, config.block_v), per_program)
         wanted = (True, True, True, want_entropy, want_mean)
         parts = [torch.empty((splits, N), dtype=torch.float32, device=device) if want else None for want in wanted]
         lm_head_forward_kernel[(triton.cdiv(N, config.block_n) * splits,)](
-            hidden_ND, weight_VD, bias_V, labels_N, *parts, *hidden_ND.stride(), *weight_VD.stride(),
-            N, D, V, tiles_per_split, splits, **transform_args(head), **_options(config, D),
+            *inputs.pointers(config), *parts, *inputs.strides, N, D, V, inputs.rank, per_program, splits,
+            **transform_args(head), **_options(config, D, inputs.rank),
         )  # fmt: skip
-        block_n = _COMBINE_ROWS
+        block_s, block_n = _COMBINE_BLOCK
         lm_head_combine_kernel[(triton.cdiv(N, block_n),)](
-            *parts, labels_N, *stats[:5], N, V, splits, head.ignore_index, BLOCK_N=block_n, num_warps=4
-        )
+            *parts, inputs.labels_N, *stats[:5], N, V, splits, head.ignore_index,
+            BLOCK_S=block_s, BLOCK_N=block_n, num_warps=4,
+        )  # fmt: skip
 
     bare = head.softcap is None and not want_entropy and not want_mean
-    config = head_config(hidden_ND.dtype, arch, bare=bare)
-    launch(_configure("lm_head_forward", config, hidden_ND, V, arch, launch))
+    config = inputs.config(arch, bare=bare)
+    launch(inputs.choose("lm_head_forward", config, arch, launch))
     return stats
 
 
@@ -270,118 +270,227 @@ def lm_head_backward(
     head: Head,
     *,
     bias_V: Tensor | None = None,
+    low_NR: Tensor | None = None,
+    low_weight_VR: Tensor | None = None,
     entropy_N: Tensor | None = None,
     grad_entropy_N: Tensor | None = None,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    needs_low: bool = False,
+    needs_low_weight: bool = False,
     workspace_bytes: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    filter_eps: float | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the forward's logps (and entropy), of the inputs that need them.
 
     Args:
-        hidden_ND, weight_VD, labels_N, head, bias_V: as in the forward.
+        hidden_ND, weight_VD, labels_N, head, bias_V, low_NR, low_weight_VR: as in the forward.
         lse_N, entropy_N: (N,) fp32 from the forward; the entropy only with grad_entropy_N.
         grad_logps_N, grad_entropy_N: (N,) dL/dlogp and dL/dentropy.
-        needs_hidden, needs_weight, needs_bias: what to compute.
+        needs_hidden, needs_weight, needs_bias, needs_low, needs_low_weight: what to compute.
         workspace_bytes: most that a slice's gradient may take; one column of tiles, N * block_v elements, is the
-            least it gets. Beside it there is the fp32 sum of dhidden, (N, D).
-    Returns:
-        (dhidden, dweight, dbias), each in the dtype of its parameter, None where not needed.
-    """
-    (N, D), V, device = hidden_ND.shape, weight_VD.shape[0], hidden_ND.device
-    assert labels_N.shape == lse_N.shape == grad_logps_N.shape == (N,)
-    assert grad_entropy_N is None or entropy_N is not None
-    require_dot_dtype(hidden_ND.dtype)
-    needs = (needs_hidden, needs_weight, needs_bias)
-    if N == 0 or not any(needs):
-        return tuple(t.new_zeros(t.shape) if n else None for t, n in zip((hidden_ND, weight_VD, bias_V), needs))
-    arch = arch_of(device)
-    labels_N, lse_N, grad_logps_N = labels_N.contiguous(), lse_N.contiguous(), grad_logps_N.contiguous()
-    optional = (bias_V, entropy_N, grad_entropy_N)
-    bias_V, entropy_N, grad_entropy_N = (None if t is None else t.contiguous() for t in optional)
+            least it gets. Beside it there is the fp32 sum of dhidden, (N, D), and of dlow, (N, R).
+        filter_eps: None: exact. Otherwise a tile of the logits' gradient (block_n rows by block_v vocabulary entries)
+            is taken as zero, and dhidden and dweight skip it, if all of it is below filter_eps in absolute value. The
+            unit is that of dL/dlogits, before the transform: an element is about grad_logps_n * p_nv, so a filter of
+            1e-4 means 1e-4 of probability only where |grad_logps| is 1. With dropped(n) and dropped(v) the elements
+            of skipped tiles, what is lost is at most
 
-    def launch(config: HeadConfig, out: Tensor, first: int) -> None:
-        blocks = triton.cdiv(N, config.block_n) * triton.cdiv(min(out.shape[1], V - first), config.block_v)
-        lm_head_dlogits_kernel[(blocks,)](
-            hidden_ND, weight_VD, bias_V, labels_N, lse_N, entropy_N, grad_logps_N, grad_entropy_N, out,
-            *hidden_ND.stride(), *weight_VD.stride(), N, D, V, first, out.shape[1], head.ignore_index,
-            **transform_args(head), **_options(config, D),
+                |error of dhidden_n| <= filter_eps * sum_{v in dropped(n)} |weight_v|        elementwise; so for dlow
+                |error of dweight_v| <= filter_eps * sum_{n in dropped(v)} |hidden_n|        so for dlow_weight, dbias
+    Returns:
+        (dhidden, dweight, dbias, dlow, dlow_weight), each in the dtype of its parameter, None where not needed.
+    """
+    inputs = _Inputs.of(hidden_ND, weight_VD, labels_N, bias_V, low_NR, low_weight_VR)
+    (N, D), V = hidden_ND.shape, weight_VD.shape[0]
+    assert lse_N.shape == grad_logps_N.shape == (N,) and (grad_entropy_N is None or entropy_N is not None)
+    assert filter_eps is None or filter_eps >= 0
+    needs = (needs_hidden, needs_weight, needs_bias, needs_low, needs_low_weight)
+    parameters = (hidden_ND, weight_VD, bias_V, low_NR, low_weight_VR)
+    if N == 0 or not any(needs):
+        return tuple(t.new_zeros(t.shape) if need else None for t, need in zip(parameters, needs))
+    arch = arch_of(hidden_ND.device)
+    rows = [None if t is None else t.contiguous() for t in (lse_N, entropy_N, grad_logps_N, grad_entropy_N)]
+
+    def launch(config: HeadConfig, out: Tensor, first: int) -> Tensor | None:
+        blocks_n = triton.cdiv(N, config.block_n)
+        blocks_v = triton.cdiv(min(out.shape[1], V - first), config.block_v)
+        flags = None if filter_eps is None else torch.empty((blocks_n, blocks_v), dtype=torch.int8, device=out.device)
+        lm_head_dlogits_kernel[(blocks_n * blocks_v,)](
+            *inputs.pointers(config), *rows, out, flags, *inputs.strides,
+            N, D, V, inputs.rank, first, out.shape[1], head.ignore_index, filter_eps=filter_eps or 0.0,
+            **transform_args(head), **_options(config, D, inputs.rank),
         )  # fmt: skip
+        return flags
 
     def workspace(config: HeadConfig) -> Tensor:
-        # A multiple of block_v also in the last slice: aligned rows for the products.
-        tiles = min(workspace_bytes // (N * config.block_v * hidden_ND.itemsize), triton.cdiv(V, config.block_v))
-        return hidden_ND.new_empty((N, max(1, tiles) * config.block_v))
+        # A multiple of block_v also in the last slice: aligned rows for the products. Slices of one size, nearly.
+        tiles = triton.cdiv(V, config.block_v)
+        most = max(1, workspace_bytes // (N * config.block_v * hidden_ND.itemsize))
+        return hidden_ND.new_empty((N, triton.cdiv(tiles, triton.cdiv(tiles, most)) * config.block_v))
 
-    config = head_config(hidden_ND.dtype, arch, bare=False)
-    config = _configure("lm_head_dlogits", config, hidden_ND, V, arch, lambda c: launch(c, workspace(c), 0))
+    config = inputs.config(arch, bare=False)
+    config = inputs.choose("lm_head_dlogits", config, arch, lambda c: launch(c, workspace(c), 0))
     slice_NW = workspace(config)
-    width = slice_NW.shape[1]
-    dhidden = torch.zeros((N, D), dtype=torch.float32, device=device) if needs_hidden else None
-    dweight = torch.empty((V, D), dtype=weight_VD.dtype, device=device) if needs_weight else None
-    dbias = torch.empty(V, dtype=torch.float32, device=device) if needs_bias else None
-    for first in range(0, V, width):
-        launch(config, slice_NW, first)
-        last = min(first + width, V)
-        dlogits = slice_NW[:, : last - first]
-        if dhidden is not None:
-            add_product(dhidden, dlogits, weight_VD[first:last])
-        if dweight is not None:
-            torch.mm(dlogits.t(), hidden_ND, out=dweight[first:last])
+    dhidden, dlow = (_fresh(t, torch.float32, n) for t, n in ((hidden_ND, needs_hidden), (low_NR, needs_low)))
+    dweight = _fresh(weight_VD, weight_VD.dtype, needs_weight)
+    dlow_weight = _fresh(low_weight_VR, weight_VD.dtype, needs_low_weight)
+    dbias = _fresh(bias_V, torch.float32, needs_bias)
+    for first in range(0, V, slice_NW.shape[1]):
+        flags = launch(config, slice_NW, first)
+        part = slice(first, min(first + slice_NW.shape[1], V))
+        dlogits = slice_NW[:, : part.stop - first]
+        if flags is None:
+            _add_products(dhidden, dweight, dlogits, hidden_ND, weight_VD, part)
+        else:
+            _add_kept_products(dhidden, dweight, slice_NW, flags, config, hidden_ND, weight_VD, part)
+        _add_products(dlow, dlow_weight, dlogits, low_NR, low_weight_VR, part)
         if dbias is not None:
-            torch.sum(dlogits, 0, dtype=torch.float32, out=dbias[first:last])
-    dhidden = None if dhidden is None else dhidden.to(hidden_ND.dtype)
-    return dhidden, dweight, None if dbias is None else dbias.to(bias_V.dtype)
+            torch.sum(dlogits, 0, dtype=torch.float32, out=dbias[part])
+    found = (dhidden, dweight, dbias, dlow, dlow_weight)
+    return tuple(None if grad is None else grad.to(t.dtype) for grad, t in zip(found, parameters))
 
 
-# Rows of one program of the combine kernel.
-_COMBINE_ROWS = 256
+def _fresh(like: Tensor | None, dtype: torch.dtype, needed: bool) -> Tensor | None:
+    return torch.zeros(like.shape, dtype=dtype, device=like.device) if needed else None
 
 
-def _options(config: HeadConfig, D: int) -> dict[str, int | bool]:
+def _add_products(drows, dcolumns, dlogits_NW: Tensor, rows: Tensor, columns: Tensor, part: slice) -> None:
+    """drows += dlogits @ columns[part] and dcolumns[part] = dlogits.T @ rows, where not None."""
+    if drows is not None:
+        add_product(drows, dlogits_NW, columns[part])
+    if dcolumns is not None:
+        torch.mm(dlogits_NW.t(), rows, out=dcolumns[part])
+
+
+def _add_kept_products(
+    drows, dcolumns, slice_NW: Tensor, flags: Tensor, config: HeadConfig, rows: Tensor, columns: Tensor, part: slice
+) -> None:
+    """The same, but for the tiles that are not flagged."""
+    if drows is not None:
+        block_sparse.add_rows_product(drows, slice_NW, columns[part], block_sparse.kept_tiles(flags), config)
+    if dcolumns is not None:
+        kept = block_sparse.kept_tiles(flags.t().contiguous())
+        block_sparse.columns_product(dcolumns[part], slice_NW, rows, kept, config)
+
+
+class _Inputs(NamedTuple):
+    """What both directions read, checked; pairs of factors and vectors contiguous."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    low_NR: Tensor | None
+    low_weight_VR: Tensor | None
+    bias_V: Tensor | None
+    labels_N: Tensor
+
+    @classmethod
+    def of(cls, hidden_ND, weight_VD, labels_N, bias_V, low_NR, low_weight_VR) -> "_Inputs":
+        (N, D), V, dtype = hidden_ND.shape, weight_VD.shape[0], hidden_ND.dtype
+        assert weight_VD.shape == (V, D) and weight_VD.dtype == dtype and labels_N.shape == (N,) and V > 0
+        assert (low_NR is None) == (low_weight_VR is None)
+        if low_NR is not None:
+            assert low_NR.shape == (N, low_weight_VR.shape[1]) and low_weight_VR.shape[0] == V
+            assert low_NR.dtype == low_weight_VR.dtype == dtype
+        require_dot_dtype(dtype)
+        small = (low_NR, low_weight_VR, bias_V, labels_N)
+        return cls(hidden_ND, weight_VD, *(None if t is None else t.contiguous() for t in small))
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.low_NR is None else self.low_NR.shape[1]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return *self.hidden_ND.stride(), *self.weight_VD.stride()
+
+    def pointers(self, config: HeadConfig) -> tuple:
+        """The kernels' first arguments, in their order."""
+        if not config.tma:
+            return tuple(self)
+        hidden = descriptor(self.hidden_ND, config.block_n, config.block_d)
+        return hidden, descriptor(self.weight_VD, config.block_v, config.block_d), *self[2:]
+
+    def config(self, arch: Arch, *, bare: bool) -> HeadConfig:
+        copies = can_bulk_copy(self.hidden_ND) and can_bulk_copy(self.weight_VD)
+        return head_config(self.hidden_ND.shape[0], self.hidden_ND.dtype, arch, bare=bare, bulk_copies=copies)
+
+    def choose(self, name: str, config: HeadConfig, arch: Arch, launch: Callable) -> HeadConfig:
+        (N, D), V = self.hidden_ND.shape, self.weight_VD.shape[0]
+        return choose((name, arch, self.hidden_ND.dtype, triton.next_power_of_2(N), D, V), config, launch)
+
+
+# Parts of the vocabulary, and rows, that one program of the combine kernel holds.
+_COMBINE_BLOCK = 32, 32
+
+
+def _options(config: HeadConfig, D: int, rank: int) -> dict[str, int | bool]:
+    block_r = min(64, triton.next_power_of_2(max(16, rank)))
     return dict(
-        BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d, GROUP_N=config.group_n,
-        EVEN_D=D % config.block_d == 0, num_warps=config.num_warps, num_stages=config.num_stages,
+        TMA=config.tma, EVEN_D=config.tma or D % config.block_d == 0, BLOCK_N=config.block_n, BLOCK_V=config.block_v,
+        BLOCK_D=config.block_d, BLOCK_R=block_r, GROUP_N=config.group_n, num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _configure(name: str, config: HeadConfig, hidden_ND: Tensor, V: int, arch: Arch, launch) -> HeadConfig:
-    N, D = hidden_ND.shape
-    return choose((name, arch, hidden_ND.dtype, triton.next_power_of_2(N), D, V), config, launch)
-
-
 def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
-    """What to compile ahead of time: forward and gradient with no option and with every one; combine."""
-    x, f = f"*{TYPE_NAMES[dtype]}", "*fp32"
-    shapes = {name: "i32" for name in ("stride_hn", "stride_wv", "N", "D", "V")}
-    common = {"hidden_ptr": x, "weight_ptr": x, "labels_ptr": "*i64", "in_scale": "fp32", "out_scale": "fp32"} | shapes
-    forward = common | {"max_ptr": f, "sum_ptr": f, "label_ptr": f, "tiles_per_split": "i32", "splits": "i32"}
-    dlogits = common | {"lse_ptr": f, "grad_logp_ptr": f, "out_ptr": x}
-    dlogits |= {name: "i32" for name in ("first_v", "width", "ignore_index")}
-    kernels = [
-        ("lm_head_forward", lm_head_forward_kernel, forward, {"bias_ptr": x, "dot_ptr": f, "total_ptr": f}),
-        ("lm_head_dlogits", lm_head_dlogits_kernel, dlogits, {"bias_ptr": x, "entropy_ptr": f, "grad_entropy_ptr": f}),
-    ]
+    """What to compile ahead of time: both kernels with no option, with LoRA and with every option; the others.
+
+    Where the copy engine is used by default, also without it; and the tile that few rows take.
+    """
     found = []
-    for (name, kernel, required, optional), full in itertools.product(kernels, (False, True)):
-        config = head_config(dtype, arch, bare=not full and kernel is lm_head_forward_kernel)
-        options = _options(config, D=4112 if full else 4096)
-        warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        fixed = {"stride_hd": 1, "stride_wd": 1, "HAS_SOFTCAP": full} | options
-        fixed |= {} if full else dict.fromkeys(optional)
-        types = required | (optional if full else {})
-        divisible = ("stride_hn", "stride_wv", "D", "V", "width")
-        cores = dtype != torch.float32
-        variant = "full" if full else "plain"
-        found.append(Specialization(f"{name} {variant}", kernel, types, fixed, warps, stages, divisible, cores))
-    return [*found, _combine_specialization()]
+    for (name, kernel), (variant, n, full, rank, copies) in itertools.product(_KERNELS, _VARIANTS):
+        bare = not full and kernel is lm_head_forward_kernel
+        config = head_config(n, dtype, arch, bare=bare, bulk_copies=copies)
+        if copies or config != head_config(n, dtype, arch, bare=bare, bulk_copies=True):
+            found.append(_specialization(f"{name} {variant}", kernel, config, dtype, full, rank))
+    config = head_config(_MANY, dtype, arch, bare=False, bulk_copies=True)
+    return [*found, *block_sparse.specializations(dtype, config), _combine_specialization()]
+
+
+_KERNELS = (("lm_head_forward", lm_head_forward_kernel), ("lm_head_dlogits", lm_head_dlogits_kernel))
+_MANY, _FEW = 8192, 64
+# name, rows, every option, rank of the second pair of factors, whether the copy engine may be used
+_VARIANTS = (
+    ("plain", _MANY, False, 0, True),
+    ("lora", _MANY, False, 16, True),
+    ("full", _MANY, True, 128, True),
+    ("few rows", _FEW, False, 0, True),
+    ("pointers", _MANY, False, 0, False),
+    ("pointers full", _MANY, True, 128, False),
+    ("pointers few rows", _FEW, False, 0, False),
+)
+
+
+def _specialization(name: str, kernel, config: HeadConfig, dtype: torch.dtype, full: bool, rank: int) -> Specialization:
+    x, f = f"*{TYPE_NAMES[dtype]}", "*fp32"
+    ints = ("stride_hn", "stride_wv", "N", "D", "V", "R")
+    types = {"labels_ptr": "*i64", "in_scale": "fp32", "out_scale": "fp32"} | dict.fromkeys(ints, "i32")
+    blocks = {"hidden": config.block_n, "weight": config.block_v}
+    element = TYPE_NAMES[dtype]
+    types |= {n: f"tensordesc<{element}[{b}, {config.block_d}]>" if config.tma else x for n, b in blocks.items()}
+    low = dict.fromkeys(("low_ptr", "low_weight_ptr"), x)
+    if kernel is lm_head_forward_kernel:
+        types |= {"max_ptr": f, "sum_ptr": f, "label_ptr": f, "tiles_per_split": "i32", "splits": "i32"}
+        optional = {"bias_ptr": x, "dot_ptr": f, "total_ptr": f}
+    else:
+        types |= {"lse_ptr": f, "grad_logp_ptr": f, "out_ptr": x, "filter_eps": "fp32"}
+        types |= dict.fromkeys(("first_v", "width", "ignore_index"), "i32")
+        optional = {"bias_ptr": x, "entropy_ptr": f, "grad_entropy_ptr": f, "kept_ptr": "*i8"}
+    options = _options(config, 4112 if full else 4096, rank)
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    fixed = {"stride_hd": 1, "stride_wd": 1, "HAS_SOFTCAP": full} | options
+    for given, names in ((rank > 0, low), (full, optional)):
+        types, fixed = (types | names, fixed) if given else (types, fixed | dict.fromkeys(names))
+    divisible = ("stride_hn", "stride_wv", "D", "V", "R", "width")
+    return Specialization(name, kernel, types, fixed, warps, stages, divisible, tensor_cores=dtype != torch.float32)
 
 
 def _combine_specialization() -> Specialization:
     pointers = ("max", "sum", "label", "dot", "total", "logp", "lse", "entropy", "mean")
     signature = {f"{name}_ptr": "*fp32" for name in pointers} | {"labels_ptr": "*i64", "top1_ptr": "*i1"}
     signature |= {name: "i32" for name in ("N", "V", "splits", "ignore_index")}
-    return Specialization(
-        "lm_head_combine", lm_head_combine_kernel, signature, {"BLOCK_N": _COMBINE_ROWS}, num_warps=4, num_stages=1
-    )
+    block_s, block_n = _COMBINE_BLOCK
+    fixed = {"BLOCK_S": block_s, "BLOCK_N": block_n}
+    return Specialization("lm_head_combine", lm_head_combine_kernel, signature, fixed, num_warps=4, num_stages=1)

@@ -294,7 +294,7 @@ def _specializations(V: int, suffix: str, arch: Arch, dtype: torch.dtype) -> lis
 
     def both(name, kernel, required, optional, fixed):
         divisible = ("stride_ln", "stride_on", "V") if V % 16 == 0 else ()
-        launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, divisible=divisible)
+        launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, divisible=divisible, sizes={"V": V})
         plain, full = {key: None for key in optional} | {"HAS_SOFTCAP": False}, {"HAS_SOFTCAP": True}
         yield Specialization(f"{name} plain{suffix}", kernel, required, fixed | plain, **launch)
         yield Specialization(f"{name} full{suffix}", kernel, required | optional, fixed | full, **launch)

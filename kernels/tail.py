@@ -332,7 +332,9 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
         tile, num_warps = tail_tile(max_group, mean_rows, 1, MAX_WARPS)
         types, nones = tail_signature(absent=absent)
         constexprs = nones | tile | {"LINK": link, "PREFIX": prefix}
-        return Specialization(f"tail {name}", tail_kernel, types, constexprs, num_warps=num_warps, num_stages=1)
+        return Specialization(
+            f"tail {name}", tail_kernel, types, constexprs, num_warps, num_stages=1, sizes={"T": mean_rows}
+        )
 
     return [
         *(one(f"link {link.__name__}", link, False, members, 1000, ["u_ptr"]) for link, members in links.LINKS),

@@ -91,7 +91,11 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Matmul tile of (block_n, block_v), summed block_d at a time; group_n row blocks share the L2 cache."""
+    """Matmul tile of (block_n, block_v), summed block_d at a time; group_n row blocks share the L2 cache.
+
+    per_sm: programs that one processor's registers and shared memory hold at once.
+    tma: tiles are fetched by the copy engine (sm_90 and later) and not by loads.
+    """
 
     block_n: int
     block_v: int
@@ -99,6 +103,8 @@ class HeadConfig:
     num_warps: int
     num_stages: int
     group_n: int = 16
+    per_sm: int = 1
+    tma: bool = False
 
 
 Config = TypeVar("Config", RowConfig, HeadConfig)
@@ -115,10 +121,18 @@ def row_config(V: int, dtype: torch.dtype, arch: Arch) -> RowConfig:
     return RowConfig(block_n, block_v, num_warps=8 if block_v >= 4096 else 4)
 
 
-def head_config(dtype: torch.dtype, arch: Arch, *, bare: bool) -> HeadConfig:
+def can_bulk_copy(matrix: torch.Tensor) -> bool:
+    """Whether the copy engine takes tiles of it: rows of unit stride that start at multiples of 16 bytes, in order."""
+    (rows, cols), (stride, unit) = matrix.shape, matrix.stride()
+    aligned = stride * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return aligned and unit == 1 and stride >= cols > 0 and rows > 0
+
+
+def head_config(N: int, dtype: torch.dtype, arch: Arch, *, bare: bool, bulk_copies: bool) -> HeadConfig:
     """Matmul kernels, which keep one (block_n, block_v) fp32 tile, and what they make of it, in registers.
 
     bare: all they make of it is a log-sum-exp (no gradient, softcap, entropy or mean), which leaves registers over.
+    bulk_copies: `can_bulk_copy` of both operands.
     """
     if arch.name == "interpreter":
         return HeadConfig(128, 256, 64, num_warps=1, num_stages=1, group_n=2)
@@ -126,17 +140,37 @@ def head_config(dtype: torch.dtype, arch: Arch, *, bare: bool) -> HeadConfig:
         return HeadConfig(64, 128, 16, num_warps=8, num_stages=2)
     if arch.shared_memory < ARCHS["sm_80"].shared_memory:  # gfx942, consumer boards
         return HeadConfig(128, 128, 32, num_warps=8, num_stages=2)
+    tma = bulk_copies and arch.name.startswith(("sm_9", "sm_10"))
     if arch.name == "sm_90" and bare:
-        return HeadConfig(128, 256, 64, num_warps=8, num_stages=3)
-    return HeadConfig(128, 128, 64, num_warps=8, num_stages=3)
+        return HeadConfig(128, 256, 64, num_warps=8, num_stages=3, tma=tma)
+    return HeadConfig(128, 128, 64, num_warps=8, num_stages=3, tma=tma)
 
 
-def vocab_splits(N: int, V: int, config: HeadConfig, arch: Arch) -> int:
-    """Parts that the vocabulary is cut into, one program each, so that few rows still fill the chip."""
-    if arch.name == "interpreter":
-        return min(2, triton.cdiv(V, config.block_v))
-    row_blocks = min(triton.cdiv(N, config.block_n), config.group_n)
-    return min(triton.cdiv(arch.num_sms, row_blocks), triton.cdiv(V, config.block_v))
+# The cost of a tile in units of one step over block_d, as a model: what follows its product, and a program's start.
+_TILE_STEPS, _PROGRAM_STEPS = 4, 8
+# The parts of the row sums may take this; 20 bytes a row and part.
+_PARTS_BYTES = 8 << 20
+
+
+def tiles_per_program(N: int, D: int, V: int, config: HeadConfig, arch: Arch) -> int:
+    """Vocabulary tiles that one program of the forward folds: few enough that few rows fill the chip, and evenly.
+
+    With w waves of programs there may be w * num_sms * per_sm / row_blocks parts. Of w = 1, 2, ... the cheapest is
+    taken, the first of equals: a last wave that is nearly empty costs as much as a full one.
+    """
+    tiles, row_blocks = triton.cdiv(V, config.block_v), triton.cdiv(N, config.block_n)
+    slots = 1 if arch.name == "interpreter" else arch.num_sms * config.per_sm
+    steps = triton.cdiv(D, config.block_d) + _TILE_STEPS
+    most = max(1, _PARTS_BYTES // (20 * N))
+    least_waves = triton.cdiv(row_blocks, slots)
+
+    def plan(waves: int) -> tuple[int, int]:
+        parts = max(1, min(waves * slots // row_blocks, most, tiles))
+        each = triton.cdiv(tiles, parts)
+        ran = triton.cdiv(row_blocks * triton.cdiv(tiles, each), slots)
+        return ran * (each * steps + _PROGRAM_STEPS), each
+
+    return min((plan(w) for w in range(least_waves, least_waves + 32)), key=lambda found: found[0])[1]
 
 
 def neighbours(config: Config) -> list[Config]:
@@ -185,6 +219,7 @@ class Specialization:
         constexprs: value of each other argument; None for a pointer that is not given, 1 for a unit stride.
         num_warps, num_stages: launch options.
         tensor_cores: whether its matmul has to run on them.
+        sizes: of its launch in the committed table, where they are not the reference's, as {"V": 507}; see roofline.py.
     """
 
     name: str
@@ -195,6 +230,7 @@ class Specialization:
     num_stages: int
     divisible: tuple[str, ...] = field(default=())
     tensor_cores: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 # triton's names of the element types.
