@@ -4,6 +4,7 @@
 #   make test-all   the slow ones too
 #   make demo       train a small model on preferences and report what it gained
 #   make bench      time and memory against plain torch, as one table
+#   make aot        compile every kernel for GPUs that need not be here: bench/results/aot.jsonl and aot.md again
 #   make docs       write docs/losses.md again, from what the registry of losses says
 #   make studies    what the losses do: small seeded experiments, every table and picture of bench/studies again
 #   make clean      remove the environment and everything built (never runs/)
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10 python
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: test test-all demo bench docs studies clean
+.PHONY: test test-all demo bench aot docs studies clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(if $(CI),,-m "not slow") $(ARGS)
@@ -30,6 +31,9 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)
+
+aot: $(STAMP)
+	$(BIN)/python -m prefkern.kernels.aot_table bench/results/aot $(ARGS)
 
 docs: $(STAMP)
 	mkdir -p docs

@@ -3,8 +3,8 @@
     python -m prefkern.kernels.aot --arch sm_90 --dtype bf16          a table; --json for machines
 
 Each kernel module lists what it launches in `specializations(arch, dtype)`. What is read back: registers a thread,
-stack or scratch bytes (spills), shared memory, and the matrix instructions. It runs where kernels are not
-interpreted, that is, without TRITON_INTERPRET.
+stack or scratch bytes (spills), shared and tensor memory, and how often which instruction stands in the assembly. It
+runs where kernels are not interpreted, that is, without TRITON_INTERPRET. The committed table: aot_table.py.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,18 +29,41 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # The tensor-core instruction of each family, as it shows in PTX or AMD assembly.
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
+_MATRIX = re.compile(r"\b(?:" + "|".join(map(re.escape, MATRIX_INSTRUCTIONS)) + r")[\w.:]*")
+
+# Accesses to global memory. PTX has the width of a load in its type and vector, of an asynchronous copy in an operand.
+_PTX_ACCESS = re.compile(r"\b(ld|st)((?:\.\w+(?:::\w+)*)*\.global(?:\.\w+(?:::\w+)*)*)")
+_PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared[\w:]*\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]")
+_PTX_BULK = re.compile(r"\bcp\.async\.bulk\.(?!commit|wait)")
+_AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one specialisation; stack counts bytes a thread outside registers: spills."""
+    """What the compiler made of one specialisation.
+
+    Fields:
+        registers: a thread's.
+        stack: bytes a thread outside registers: spills.
+        shared, tensor_memory: bytes of shared memory and columns of tensor memory of a program.
+        matrix: how often each matrix instruction stands in the assembly (not how often it runs).
+        memory: the same for accesses to global memory: loads and stores of 16 bytes a thread or more and narrower
+            ones, asynchronous copies likewise, and bulk copies.
+    """
 
     name: str
     arch: str
     registers: int
     stack: int
     shared: int
-    matrix_instruction: str | None
+    tensor_memory: int
+    matrix: dict[str, int]
+    memory: dict[str, int]
+
+    @property
+    def matrix_instruction(self) -> str | None:
+        """The family of its matrix instructions."""
+        return next((family for family in MATRIX_INSTRUCTIONS if any(family in name for name in self.matrix)), None)
 
     def fault(self, spec: Specialization, arch: Arch) -> str | None:
         """Why it must not be a default, or None."""
@@ -76,10 +100,25 @@ def compile_for(spec: Specialization, arch: Arch) -> Report:
     source = ASTSource(spec.kernel, signature, constants, attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     compiled = triton.compile(source, target=arch.target, options=options)
-    read = _read_amd if arch.target.backend == "hip" else _read_nvidia
-    registers, stack, assembly = read(compiled)
-    instruction = next((name for name in MATRIX_INSTRUCTIONS if name in assembly), None)
-    return Report(spec.name, arch.name, registers, stack, compiled.metadata.shared, instruction)
+    registers, stack, assembly = (_read_amd if arch.target.backend == "hip" else _read_nvidia)(compiled)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    matrix = dict(sorted(Counter(_MATRIX.findall(assembly)).items()))
+    shared = compiled.metadata.shared
+    return Report(spec.name, arch.name, registers, stack, shared, tensor_memory, matrix, memory_accesses(assembly))
+
+
+def memory_accesses(assembly: str) -> dict[str, int]:
+    """How often each kind of access to global memory stands in PTX or AMD assembly."""
+    found = Counter({f"{kind}_{width}": 0 for kind in ("load", "store", "async") for width in ("16", "narrow")})
+    for kind, suffix in _PTX_ACCESS.findall(assembly):
+        vector, bits = re.search(r"\.v(\d+)", suffix), re.search(r"[busf](\d+)$", suffix)
+        wide = int(bits[1]) * int(vector[1] if vector else 1) >= 128
+        found[("load_" if kind == "ld" else "store_") + ("16" if wide else "narrow")] += 1
+    for size in _PTX_COPY.findall(assembly):
+        found["async_16" if int(size, 0) == 16 else "async_narrow"] += 1
+    for kind, width in _AMD_ACCESS.findall(assembly):
+        found[f"{kind}_16" if width.startswith("dwordx4") else f"{kind}_narrow"] += 1
+    return dict(found) | {"bulk": len(_PTX_BULK.findall(assembly))}
 
 
 def _read_nvidia(compiled) -> tuple[int, int, str]:

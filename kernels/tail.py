@@ -48,13 +48,19 @@ def two_sum(a, b):
 
 
 @triton.jit
-def row_weights(rows, mask, token_weight_ptr, labels_ptr, ignore_index):
+def at_rows(ptr, start_K, offs_t):
+    """Pointers to rows start_K + offs_t: 64 bits are spent on the segments' starts only, which saves registers."""
+    return (ptr + start_K)[:, None] + offs_t[None, :]
+
+
+@triton.jit
+def row_weights(start_K, offs_t, mask, token_weight_ptr, labels_ptr, ignore_index):
     """Token weights of a tile of rows: 1 where there are none, 0 at ignored labels and outside the mask."""
     weight = tl.where(mask, 1.0, 0.0)
     if token_weight_ptr is not None:
-        weight = tl.load(token_weight_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(at_rows(token_weight_ptr, start_K, offs_t), mask=mask, other=0.0).to(tl.float32)
     if labels_ptr is not None:
-        label = tl.load(labels_ptr + rows, mask=mask, other=ignore_index)
+        label = tl.load(at_rows(labels_ptr, start_K, offs_t), mask=mask, other=ignore_index)
         weight = tl.where(label != ignore_index, weight, 0.0)
     return weight
 
@@ -65,16 +71,16 @@ def segment_sums(
     VOLATILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_K,) sums of the weighted log-ratios of rows [start, end), tile by tile."""
-    offs_t = tl.arange(0, BLOCK_T)
+    length_K = (end_K - start_K).to(tl.int32)
     total = tl.zeros((BLOCK_K, BLOCK_T), dtype=tl.float32)
     lost = tl.zeros((BLOCK_K, BLOCK_T), dtype=tl.float32)
-    for t in range(0, tl.max(end_K - start_K, axis=0), BLOCK_T):
-        rows = start_K[:, None] + t + offs_t[None, :]
-        mask = rows < end_K[:, None]
-        ratio = tl.load(logps_ptr + rows, mask=mask, other=0.0, volatile=VOLATILE)
+    for t in range(0, tl.max(length_K, axis=0), BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        mask = offs_t[None, :] < length_K[:, None]
+        ratio = tl.load(at_rows(logps_ptr, start_K, offs_t), mask=mask, other=0.0, volatile=VOLATILE)
         if ref_logps_ptr is not None:
-            ratio -= tl.load(ref_logps_ptr + rows, mask=mask, other=0.0)
-        weight = row_weights(rows, mask, token_weight_ptr, labels_ptr, ignore_index)
+            ratio -= tl.load(at_rows(ref_logps_ptr, start_K, offs_t), mask=mask, other=0.0)
+        weight = row_weights(start_K, offs_t, mask, token_weight_ptr, labels_ptr, ignore_index)
         total, tile_lost = two_sum(total, tl.where(weight == 0.0, 0.0, ratio * weight))
         lost += tile_lost
     return tl.sum(total, axis=1) + tl.sum(lost, axis=1)
@@ -86,12 +92,13 @@ def spread(
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Write g = u * token weight to rows [start, end) of every member."""
-    offs_t = tl.arange(0, BLOCK_T)
-    for t in range(0, tl.max(end_K - start_K, axis=0), BLOCK_T):
-        rows = start_K[:, None] + t + offs_t[None, :]
-        mask = rows < end_K[:, None]
-        weight = row_weights(rows, mask, token_weight_ptr, labels_ptr, ignore_index)
-        tl.store(g_ptr + rows, tl.where(weight == 0.0, 0.0, u_K[:, None] * weight), mask=mask)
+    length_K = (end_K - start_K).to(tl.int32)
+    for t in range(0, tl.max(length_K, axis=0), BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        mask = offs_t[None, :] < length_K[:, None]
+        weight = row_weights(start_K, offs_t, mask, token_weight_ptr, labels_ptr, ignore_index)
+        g = tl.where(weight == 0.0, 0.0, u_K[:, None] * weight)
+        tl.store(at_rows(g_ptr, start_K, offs_t), g, mask=mask)
 
 
 @triton.jit
@@ -333,7 +340,7 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
         types, nones = tail_signature(absent=absent)
         constexprs = nones | tile | {"LINK": link, "PREFIX": prefix}
         return Specialization(
-            f"tail {name}", tail_kernel, types, constexprs, num_warps, num_stages=1, sizes={"T": mean_rows}
+            f"tail {name}", tail_kernel, types, constexprs, num_warps, num_stages=1, sizes={"segment_rows": mean_rows}
         )
 
     return [

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from prefkern.kernels import links
+import triton
+
+from prefkern.kernels import aot_table, links
 from prefkern.kernels.aot import DTYPES
 from prefkern.kernels.tuning import ARCHS
 
@@ -26,6 +28,7 @@ CASES = [
 ]
 # Kernels whose matmul has to use the newest matrix instruction of these.
 NEWEST = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma", "sm_80": "mma.sync"}
+TABLE = Path(__file__).parent.parent / "bench" / "results" / "aot"
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +48,13 @@ def python(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compiled(python, request):
     """Compilations of the selected cases, under way side by side."""
-    selected = [item.callspec.params for item in request.session.items if item.name.startswith("test_defaults[")]
+    users = ("test_defaults[", "test_the_table_holds_what_the_compiler_makes[")
+    params = [item.callspec.params for item in request.session.items if item.name.startswith(users)]
+    selected = {(p["arch"], p["dtype"]) for p in params}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         arguments = ("-m", "prefkern.kernels.aot", "--json")
         yield {
-            (c["arch"], c["dtype"]): pool.submit(python, *arguments, "--arch", c["arch"], "--dtype", c["dtype"])
-            for c in selected
+            (arch, dtype): pool.submit(python, *arguments, "--arch", arch, "--dtype", dtype) for arch, dtype in selected
         }
 
 
@@ -66,7 +70,20 @@ def test_defaults(arch, dtype, compiled):
     assert {report["name"]: report["fault"] for report in reports if report["fault"]} == {}
     if dtype != "fp32":
         matmuls = [r for r in reports if r["name"].startswith(("lm_head_forward", "lm_head_dlogits"))]
-        assert {r["matrix_instruction"] for r in matmuls} == {NEWEST[arch]}
+        assert {name[: len(NEWEST[arch])] for r in matmuls for name in r["matrix"] or ["none"]} == {NEWEST[arch]}
+
+
+@pytest.mark.parametrize("arch, dtype", CASES)
+def test_the_table_holds_what_the_compiler_makes(arch, dtype, compiled):
+    lines = aot_table.read(TABLE)
+    if lines[0]["triton"] != triton.__version__:
+        pytest.skip(f"the table was made with triton {lines[0]['triton']}")
+    recorded = [entry for entry in lines if (entry["arch"], entry["dtype"]) == (arch, dtype)]
+    reports = [json.loads(line) for line in compiled[arch, dtype].result().splitlines()]
+    figures = [{name: entry[name] for name in ("name", *aot_table.FIGURES)} for entry in recorded]
+    assert figures == [{name: r[name] for name in ("name", *aot_table.FIGURES)} for r in reports], (
+        f"`{aot_table.COMMAND}` makes the table again"
+    )
 
 
 def test_every_link_is_listed():

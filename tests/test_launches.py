@@ -1,0 +1,130 @@
+"""How many Triton kernels a step launches, by name: stated as a formula of chunks and slices, and counted."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import prefkern as pk
+from conftest import DEVICE
+from prefkern import planner
+from prefkern import rows as torch_rows
+from prefkern.kernels import row_softmax
+from prefkern.kernels.tuning import arch_of, head_config, slice_width
+
+LENGTHS = [5, 9, 12, 3, 20, 15]  # chosen, rejected, ... of three pairs
+N, D, V = sum(LENGTHS), 32, 700
+FORWARD, BACKWARD = "row_softmax_forward_kernel", "row_softmax_backward_kernel"
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Counter of the kernels launched since it was last cleared."""
+    found = Counter()
+    kind = type(row_softmax.row_softmax_forward_kernel)  # compiled or interpreted
+    run = kind.run
+
+    def counted(kernel, *args, **kwargs):
+        found[kernel.fn.__name__] += 1
+        return run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", counted)
+    return found
+
+
+@pytest.fixture
+def triton_rows(monkeypatch):
+    """The chunked body with the row kernels it has on a GPU."""
+    monkeypatch.setattr(torch_rows, "implementation", lambda device, dtype: row_softmax)
+
+
+def step(launches: Counter, forward, *inputs: torch.Tensor) -> tuple[Counter, Counter]:
+    """Launches of forward and of backward."""
+    launches.clear()
+    loss = forward()
+    first = Counter(launches)
+    launches.clear()
+    if any(t.requires_grad for t in inputs):
+        loss.backward()
+    return first, Counter(launches)
+
+
+def problem(train_hidden: bool = True, train_head: bool = False, **like):
+    torch.manual_seed(0)
+    hidden = torch.randn(N, D, device=DEVICE, **like).requires_grad_(train_hidden)
+    weight = (torch.randn(V, D, device=DEVICE, **like) / D**0.5).requires_grad_(train_head)
+    labels = torch.randint(0, V, (N,), device=DEVICE)
+    return hidden, weight, labels
+
+
+def pairs():
+    return pk.Layout.pairs(LENGTHS[0::2], LENGTHS[1::2])
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo", "autoregressive_dpo"])
+def test_from_logits_one_launch_each_way(name, launches):
+    loss = pk.losses.get(name)
+    ref = torch.full((N,), -6.0, device=DEVICE) if loss.needs_reference else None
+    x = torch.randn(N, V, device=DEVICE, requires_grad=True)
+    labels = torch.randint(0, V, (N,), device=DEVICE)
+
+    def forward():
+        return pk.logits_preference_loss(x * 1.0, labels, pairs(), loss, ref, impl="triton").loss
+
+    assert step(launches, forward, x) == ({"fused_logits_forward_kernel": 1}, {BACKWARD: 1})
+
+
+def test_the_tail_is_one_launch(launches):
+    logps = (-5 * torch.rand(N, device=DEVICE)).requires_grad_()
+
+    def forward():
+        return pk.preference_loss(logps, pairs(), pk.losses.DPO(), torch.zeros_like(logps), impl="triton").loss
+
+    assert step(launches, forward, logps) == ({"tail_kernel": 1}, {})
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_cut_body(slices, launches):
+    """Forward: logits and their parts' sums, the parts together, the tail. Backward: one launch a slice."""
+    hidden, weight, labels = problem(train_head=True)
+    config = head_config(N, hidden.dtype, arch_of(hidden.device), bare=False, bulk_copies=True)
+    tiles = math.ceil(V / config.block_v)
+    workspace = N * config.block_v * hidden.itemsize * math.ceil(tiles / slices)
+    assert math.ceil(V / slice_width(N, V, config, hidden.itemsize, workspace)) == min(slices, tiles)
+
+    def forward():
+        out = pk.linear_preference_loss(
+            hidden, weight, labels, pairs(), pk.losses.DPO(), torch.zeros(N, device=DEVICE), impl="cut",
+            workspace_bytes=workspace,
+        )  # fmt: skip
+        return out.loss
+
+    expected = {"lm_head_forward_kernel": 1, "lm_head_combine_kernel": 1, "tail_kernel": 1}
+    assert step(launches, forward, hidden) == (expected, {"lm_head_dlogits_kernel": min(slices, tiles)})
+
+
+def chunks(hidden: torch.Tensor, grad_hidden: bool, grad_head: bool, workspace: int) -> tuple[int, int]:
+    """Chunks of rows in forward, slices of the vocabulary in backward."""
+    plan = planner.plan(
+        (N, D, V), hidden.dtype, hidden.device, grad_hidden=grad_hidden, grad_head=grad_head, workspace_bytes=workspace
+    )
+    return math.ceil(N / plan.rows_per_chunk), math.ceil(V / plan.vocab_per_slice)
+
+
+@pytest.mark.parametrize("rows_at_once", [N, 16, 1])
+@pytest.mark.parametrize("train_hidden, train_head", [(False, False), (True, False), (True, True)])
+def test_chunked_body(train_hidden, train_head, rows_at_once, launches, triton_rows):
+    """A forward launch a chunk; a frozen head's gradient with it, a trained one's by slices of the vocabulary."""
+    workspace = rows_at_once * V * 4
+    hidden, weight, labels = problem(train_hidden, train_head)
+    count, slices = chunks(hidden, train_hidden, train_head, workspace)
+    assert (count > 1) == (rows_at_once < N)
+
+    def forward():
+        return pk.token_logps(hidden, weight, labels, workspace_bytes=workspace).logps.sum()
+
+    frozen = train_hidden and not train_head
+    expected = Counter({FORWARD: count, BACKWARD: count if frozen else 0})
+    assert step(launches, forward, hidden, weight) == (+expected, {BACKWARD: slices} if train_head else {})
