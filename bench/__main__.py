@@ -1,24 +1,74 @@
-"""Run the benchmarks and print their table: `python -m bench [--shape N,D,V] [--rounds R] [--providers a,b]`."""
+"""Check, measure and report: `python -m bench [--suite dpo,head] [--dtype bf16] [--providers a,b] ...` (see --help).
 
+First the tests of what is about to be timed; no figure if one is red. Then memory and error of every case, then the
+times, then a table, and JSON lines under bench/results.
+"""
+
+from __future__ import annotations
+
+import argparse
 import datetime
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from bench import report
+from bench import record, report, trainer_step
+from bench.conftest import add_options
 
 FOLDER = Path(__file__).parent
+GATE = ("tests/test_token_logps.py", "tests/test_preference.py", "tests/test_bench.py")
+
+
+def gate() -> int:
+    """Exit status of the tests of the bodies that are timed, without the slow ones."""
+    print("gate: the tests of what is about to be timed", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *GATE]
+    return subprocess.run(command, cwd=FOLDER.parent).returncode
 
 
 def main() -> int:
-    """Exit status of pytest; the table holds every case that was measured, also when another failed."""
-    results = FOLDER / "results" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
-    results.parent.mkdir(exist_ok=True)
-    options = [str(FOLDER), "-p", "no:cacheprovider", f"--benchmark-json={results}", "--benchmark-quiet", *sys.argv[1:]]
-    status = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=FOLDER.parent).returncode
-    if results.exists() and results.stat().st_size:
-        report.main(results)
-    return status
+    """Exit status: 0 only if nothing of ours was wrong."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--no-gate", action="store_true", help="leave the tests out")
+    own.add_argument("--out", type=Path, help="JSON lines to append to; a new file under bench/results unless set")
+    mine, options = own.parse_known_args()
+    every = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0], parents=[own])
+    add_options(every.add_argument)
+    asked = every.parse_args()
+
+    if not mine.no_gate and gate() != 0:
+        print("no figures: the gate is red")
+        return 1
+    records = []
+    if set(asked.suite) - {"trainer"}:
+        with tempfile.TemporaryDirectory() as folder:
+            found = suites(Path(folder), options)
+        if found is None:
+            print("no figures: a case of ours is wrong, or failed")
+            return 1
+        records += found
+    if "trainer" in asked.suite:
+        records += trainer_step.compare_trainers()
+    out = mine.out or record.RESULTS / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.jsonl"
+    record.write(out, records)
+    print(report.text(records))
+    print(f"\nas JSON lines: {out}")
+    return 0
+
+
+def suites(folder: Path, options: list[str]) -> list[record.Record] | None:
+    """Records of what pytest measured under the options, None where a test was red."""
+    results, left_out = folder / "benchmark.json", folder / "left_out.jsonl"
+    command = [
+        sys.executable, "-m", "pytest", str(FOLDER), "-x", "-q", "-p", "no:cacheprovider", "-r", "f",
+        f"--benchmark-json={results}", "--benchmark-quiet", "--left-out", str(left_out), *options,
+    ]  # fmt: skip
+    status = subprocess.run(command, cwd=FOLDER.parent).returncode
+    if status != 0 or not results.exists():
+        return None
+    return record.from_benchmark(json.loads(results.read_text()), record.lines(left_out))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,43 @@
 """Options of the benchmarks."""
 
-from bench.suites import Shape
+from pathlib import Path
+
+from bench.shapes import MODELS, TOKENS, Shape
+from bench.suites import SUITES
+
+USUAL_SUITES = ("dpo", "head", "tail", "scaling", "trainer")
 
 
 def _shape(text: str) -> Shape:
     return Shape(*map(int, text.split(",")))
 
 
+def _listed(known, convert=str):
+    def parse(text: str) -> list:
+        values = [convert(part) for part in text.split(",")]
+        unknown = [str(value) for value in values if known is not None and value not in known]
+        if unknown:
+            raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join(map(str, known))}")
+        return values
+
+    return parse
+
+
+def add_options(add) -> None:
+    """The options, by `add_argument` of a parser or `addoption` of pytest's."""
+    known = (*SUITES, "trainer")
+    add(
+        "--suite", type=_listed(known), default=list(USUAL_SUITES), help=f"of {', '.join(known)}; models when asked for"
+    )
+    add("--shape", type=_shape, default=None, action="append", help="N,D,V of head, dpo and tail; repeatable")
+    add("--model", type=_listed(MODELS), default=list(MODELS), help=f"of {', '.join(MODELS)}, for the models suite")
+    add("--tokens", type=_listed(None, int), default=list(TOKENS), help="N of the models suite")
+    add("--dtype", type=_listed(("bf16", "fp32")), default=[], help="bf16,fp32; the suites' own unless set")
+    add("--passes", type=_listed(None), default=[], help="forward,frozen,trained; the suites' own unless set")
+    add("--providers", type=_listed(None), default=[], help="only these, and those that run only by name")
+    add("--rounds", type=int, default=0, help="times that each provider is run, the suites' own unless set")
+    add("--left-out", type=Path, default=None, help="file to append to what was not timed and why, as JSON lines")
+
+
 def pytest_addoption(parser) -> None:
-    group = parser.getgroup("bench")
-    group.addoption("--shape", type=_shape, default=Shape(), metavar="N,D,V", help="rows, hidden size, vocabulary")
-    group.addoption("--rounds", type=int, default=0, help="times that each provider is run, suites' own unless set")
-    group.addoption("--providers", type=lambda text: text.split(","), help="only these, separated by commas")
+    add_options(parser.getgroup("bench").addoption)

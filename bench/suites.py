@@ -1,35 +1,66 @@
-"""What is measured: the head (hidden states to token log-probabilities) and the tail (those to a loss).
+"""What is measured: the head, a whole DPO loss, the tail, and the path that starts from logits.
 
-A suite knows its inputs, its providers (who computes), its passes (what is computed), the FLOPs that a pass cannot
-do without, and the truth in float64. A pass returns its results by name, so that every provider is checked alike.
+A suite knows its inputs, its providers (who computes), its passes (what is computed), the FLOPs and bytes that a pass
+cannot do without, and the truth in float64. A pass returns its results by name, so that every provider is checked
+alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import prefkern as pk
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-BASELINE = "torch"
-CEILING = "matmul"
+from bench import providers
+from bench.providers import BASELINE, BETA, Provider
+from bench.shapes import DEVICE, DTYPES, Shape, model_shapes, scaling_shapes, too_large
 
 Results = dict[str, Tensor]
 
+# Rows that are compared with float64: those of the shape itself up to here, else of the same head with this many rows.
+CHECKED_ROWS = 1024
 
-class Shape(NamedTuple):
-    """N response tokens, D hidden, V vocabulary."""
 
-    n: int = 1024
-    d: int = 1024
-    v: int = 128_256
+class Suite:
+    """What the suites share: providers by name, and the roofs of those that multiply by the head."""
+
+    name: str
+    flops: dict[str, int]  # of each pass, in multiples of NDV: what is recomputed to save memory is not counted
+    iterations = 1
+    dtypes = tuple(DTYPES)
+    # What runs unless more is asked for.
+    usual_dtypes = tuple(DTYPES)
+    usual_passes: tuple[str, ...] = ()
+
+    def __init__(self, listed: tuple[Provider, ...], roofs: tuple[Provider, ...] = ()) -> None:
+        self.providers = {p.name: p for p in listed}
+        self.roofs = {p.name: p for p in roofs}
+        self.usual_providers = tuple(p.name for p in listed if not p.optional)
+
+    def passes(self, asked: Sequence[str]) -> list[str]:
+        return [kind for kind in self.flops if kind in (asked or self.usual_passes or self.flops)]
+
+    def find(self, name: str) -> Provider:
+        return self.roofs.get(name) or self.providers[name]
+
+    def rounds(self, dtype: str) -> int:
+        """fp32 is slow on a CPU."""
+        return 10 if DEVICE.type == "cuda" else {"bf16": 5, "fp32": 3}[dtype]
+
+    def shapes(self, given: Sequence[Shape], models: Sequence[str], tokens: Sequence[int]) -> Sequence[Shape]:
+        """What the suite runs at, of the shapes, models and numbers of tokens that were asked for."""
+        return given
+
+    def obstacle(self, provider: Provider, kind: str, shape: Shape, dtype: str, rate: float) -> str | None:
+        """Why a case is left out here, in words; None where it runs."""
+        trained = kind == "trained"
+        return provider.obstacle(shape, dtype) or too_large(
+            shape, dtype, max(2, self.flops[kind]), provider.logits_bytes, trained, rate
+        )
 
 
 class HeadInputs(NamedTuple):
@@ -37,54 +68,27 @@ class HeadInputs(NamedTuple):
     weight_VD: Tensor
     labels_N: Tensor
     upstream_N: Tensor  # dL/dlogp
+    softcap: float | None
 
 
-def _torch_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logps_NV = F.log_softmax(hidden @ weight.T, dim=-1, dtype=torch.float32)
-    return logps_NV.gather(1, labels[:, None])[:, 0]
+class Head(Suite):
+    """Hidden states to log-probabilities, and the gradient for an upstream that has nothing to do with them.
 
-
-def _cross_entropy_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Plain torch at its fastest; its log-probabilities are rounded to the dtype of the logits."""
-    return -F.cross_entropy(hidden @ weight.T, labels, reduction="none").float()
-
-
-def _matmul(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """One pass of the head alone: the rate that the machine allows at this shape."""
-    return (hidden @ weight.T).gather(1, labels[:, None])[:, 0].float()
-
-
-def _prefkern(impl: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda hidden, weight, labels: pk.token_logps(hidden, weight, labels, impl=impl).logps
-
-
-class Head:
-    """Token log-probabilities, and their gradient where the head is frozen or trained."""
+    The passes with a gradient run when asked for: the `dpo` suite times the same work, with everybody in it.
+    """
 
     name = "head"
-    # Multiples of NDV that the result needs: what is recomputed to save memory is not counted.
+    usual_passes = ("forward",)
     flops = {"forward": 2, "frozen": 4, "trained": 6}
-    providers = {
-        BASELINE: _torch_logps,
-        "cross_entropy": _cross_entropy_logps,
-        "eager": _prefkern("eager"),
-        "chunked": _prefkern("chunked"),
-        "cut": _prefkern("cut"),
-        CEILING: _matmul,
-    }
-    iterations = 1
 
-    def runs(self, provider: str, dtype: str, kind: str) -> bool:
-        """Whether the case makes sense here."""
-        if provider == CEILING:
-            return kind == "forward"
-        if provider in ("cross_entropy", "eager"):
-            return dtype != "fp32"  # where they do the same as the baseline, and a CPU takes minutes for it
-        return provider != "cut" or DEVICE.type == "cuda"
+    def __init__(self) -> None:
+        super().__init__(providers.HEAD, providers.ROOFS)
 
-    def rounds(self, dtype: str) -> int:
-        """So many that all of it takes minutes: fp32 is slow on a CPU."""
-        return 10 if DEVICE.type == "cuda" else {"bf16": 3, "fp32": 2}[dtype]
+    def traffic(self, kind: str, shape: Shape, dtype: str) -> int:
+        """Bytes of inputs read once and results written once."""
+        item, n, d, v = DTYPES[dtype].itemsize, shape.n, shape.d, shape.v
+        grads = {"forward": 0, "frozen": n * d, "trained": n * d + v * d}[kind]
+        return (n * d + v * d + grads) * item + n * (8 + 4 + 4)
 
     def inputs(self, shape: Shape, dtype: str) -> HeadInputs:
         """The same in every process: logits near N(0, 1), upstream gradients of both signs."""
@@ -93,43 +97,188 @@ class Head:
         hidden = torch.randn(shape.n, shape.d, dtype=DTYPES[dtype], **options)
         weight = torch.randn(shape.v, shape.d, dtype=DTYPES[dtype], **options).mul_(shape.d**-0.5)
         labels = torch.randint(shape.v, (shape.n,), **options)
-        return HeadInputs(hidden, weight, labels, torch.randn(shape.n, **options))
+        return HeadInputs(hidden, weight, labels, torch.randn(shape.n, **options), shape.softcap)
 
     def step(self, provider: str, kind: str, inputs: HeadInputs) -> Results:
         """Run one pass; gradients in the dtype of their inputs."""
-        hidden = inputs.hidden_ND.detach().requires_grad_(kind != "forward")
-        weight = inputs.weight_VD.detach().requires_grad_(kind == "trained")
-        logps = self.providers[provider](hidden, weight, inputs.labels_N)
-        leaves = {"dhidden": hidden, "dweight": weight}
-        leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-        grads = torch.autograd.grad(logps, list(leaves.values()), inputs.upstream_N) if leaves else ()
-        return {"logps": logps.detach(), **dict(zip(leaves, grads, strict=True))}
+        if provider in self.roofs:
+            return multiply(self.roofs[provider], inputs.hidden_ND, inputs.weight_VD)
+        run = self.providers[provider].run
+        leaves = head_leaves(inputs.hidden_ND, inputs.weight_VD, kind)
+        with torch.set_grad_enabled(kind != "forward"):
+            logps = run(leaves["dhidden"], leaves["dweight"], inputs.labels_N, inputs.softcap)
+        return {"logps": logps.detach(), **gradients(logps, leaves, inputs.upstream_N)}
 
     def sample(self, results: Results, inputs: HeadInputs) -> Results:
-        """All log-probabilities, dhidden of 64 rows, dweight of the vocabulary entries of `_entries`."""
-        rows = {"logps": slice(None), "dhidden": slice(64), "dweight": self._entries(inputs)}
+        """All log-probabilities, dhidden of 64 rows, dweight of some vocabulary entries."""
+        entries = some_entries(inputs.labels_N, inputs.weight_VD.shape[0])
+        rows = {"logps": slice(None), "dhidden": slice(64), "dweight": entries}
         return {name: result[rows[name]] for name, result in results.items()}
 
     def truth(self, inputs: HeadInputs) -> Results:
-        """`sample` of the results in float64, by blocks of rows; the whole gradients would take minutes on a CPU."""
-        hidden, weight = inputs.hidden_ND.double(), inputs.weight_VD.double()
-        upstream, labels, entries = inputs.upstream_N.double(), inputs.labels_N, self._entries(inputs)
-        logps, dhidden, dweight = [], [], torch.zeros(len(entries), hidden.shape[1], dtype=torch.float64, device=DEVICE)
-        for block in torch.arange(len(labels), device=DEVICE).split(64):
-            dlogits = (hidden[block] @ weight.T).log_softmax(-1)
-            logps.append(dlogits.gather(1, labels[block, None])[:, 0])
-            dlogits = dlogits.exp_().mul_(-upstream[block, None])
-            dlogits.scatter_add_(1, labels[block, None], upstream[block, None])
-            if not dhidden:
-                dhidden.append(dlogits @ weight)
-            dweight += dlogits[:, entries].T @ hidden[block]
-        return {"logps": torch.cat(logps), "dhidden": dhidden[0], "dweight": dweight}
+        """`sample` of the results in float64; the whole gradients would take minutes on a CPU."""
+        return head_truth(inputs, lambda logps: inputs.upstream_N.double())
 
-    def _entries(self, inputs: HeadInputs) -> Tensor:
-        """Some vocabulary entries that are labels, some spread over all."""
-        vocab = inputs.weight_VD.shape[0]
-        spread = torch.linspace(0, vocab - 1, 512, device=DEVICE).long()
-        return torch.cat([inputs.labels_N[:512], spread])
+
+def multiply(roof: Provider, hidden: Tensor, weight: Tensor) -> Results:
+    with torch.no_grad():
+        roof.run(hidden, weight)
+    return {}
+
+
+def head_leaves(hidden: Tensor, weight: Tensor, kind: str) -> Results:
+    """The parameters by the name of their gradient."""
+    return {
+        "dhidden": hidden.detach().requires_grad_(kind != "forward"),
+        "dweight": weight.detach().requires_grad_(kind == "trained"),
+    }
+
+
+def gradients(value: Tensor, leaves: Results, upstream: Tensor | None = None) -> Results:
+    """Of those leaves that want one."""
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(value, list(wanted.values()), upstream) if wanted else ()
+    return dict(zip(wanted, found, strict=True))
+
+
+def some_entries(labels: Tensor, vocab: int) -> Tensor:
+    """Some vocabulary entries that are labels, some spread over all."""
+    return torch.cat([labels[:512], torch.linspace(0, vocab - 1, 512, device=labels.device).long()])
+
+
+def head_truth(inputs, upstream_of: Callable[[Tensor], Tensor]) -> Results:
+    """Log-probabilities and a sample of the gradients in float64, by blocks of the rows and of the vocabulary."""
+    hidden, weight, labels = inputs.hidden_ND.double(), inputs.weight_VD, inputs.labels_N
+    rows, entries = len(labels), some_entries(labels, len(weight))
+    cap = inputs.softcap
+
+    def logits(block: Tensor) -> Tensor:
+        z = torch.cat([hidden[block] @ part.double().T for part in weight.split(16_384)], 1)
+        return z if cap is None else z.div_(cap).tanh_().mul_(cap)
+
+    blocks = torch.arange(rows, device=hidden.device).split(256)
+    logps_NV = [logits(block).log_softmax(-1) for block in blocks]
+    logps = torch.cat([x.gather(1, labels[block, None])[:, 0] for x, block in zip(logps_NV, blocks, strict=True)])
+    g = upstream_of(logps)
+    results = {"logps": logps, "dweight": torch.zeros_like(hidden[:1]).expand(len(entries), -1).clone()}
+    for x, block in zip(logps_NV, blocks, strict=True):
+        slope = 1.0 if cap is None else 1 - (logits(block) / cap).square_()
+        dlogits = x.exp_().mul_(-g[block, None])
+        dlogits.scatter_add_(1, labels[block, None], g[block, None]).mul_(slope)
+        if "dhidden" not in results:
+            first = dlogits[:64]
+            parts = zip(first.split(16_384, 1), weight.split(16_384), strict=True)
+            results["dhidden"] = sum(dz @ part.double() for dz, part in parts)
+        results["dweight"] += dlogits[:, entries].T @ hidden[block]
+    return results
+
+
+@dataclass(frozen=True)
+class DpoInputs:
+    """Pairs of responses of one length, packed chosen, rejected, chosen, ..., so that a padded peer pads nothing."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    labels_N: Tensor
+    ref_logps_N: Tensor  # of a uniform reference
+    layout: pk.Layout
+    length: int
+    softcap: float | None
+    loss: object = field(default_factory=lambda: pk.losses.get("dpo", beta=BETA))
+
+    def stacked(self, packed: Tensor) -> Tensor:
+        """(2 pairs, length, ...): all chosen responses, then all rejected ones."""
+        return packed.unflatten(0, (-1, 2, self.length)).transpose(0, 1).flatten(0, 1)
+
+
+class Scaling(Head):
+    """The head against N and against V: ours, and for comparison one peer that holds the logits."""
+
+    name = "scaling"
+    usual_dtypes = ("bf16",)
+    usual_passes = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usual_providers = ("prefkern", "cross_entropy")
+
+    def obstacle(self, provider: Provider, kind: str, shape: Shape, dtype: str, rate: float) -> str | None:
+        if not provider.ours and kind != "frozen":
+            return "compared where the head is frozen"
+        return super().obstacle(provider, kind, shape, dtype, rate)
+
+    def rounds(self, dtype: str) -> int:
+        return 3
+
+    def shapes(self, given: Sequence[Shape], models: Sequence[str], tokens: Sequence[int]) -> Sequence[Shape]:
+        return scaling_shapes()
+
+
+class Models(Head):
+    """The heads of real models at several numbers of tokens."""
+
+    name = "models"
+    usual_dtypes = ("bf16",)
+    usual_passes = ("frozen", "trained")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usual_providers = ("prefkern", "torch", "cross_entropy", "cce_compile", "cce")
+
+    def rounds(self, dtype: str) -> int:
+        return 3 if DEVICE.type == "cpu" else 10
+
+    def shapes(self, given: Sequence[Shape], models: Sequence[str], tokens: Sequence[int]) -> Sequence[Shape]:
+        return model_shapes(models, tokens)
+
+
+class Dpo(Suite):
+    """Hidden states to the DPO loss of given reference log-probabilities, and its gradient."""
+
+    name = "dpo"
+    flops = {"frozen": 4, "trained": 6}
+    length = 256  # tokens of a response, where N allows
+
+    def __init__(self) -> None:
+        super().__init__(providers.DPO, providers.ROOFS)
+        self.head = Head()
+
+    def traffic(self, kind: str, shape: Shape, dtype: str) -> int:
+        return self.head.traffic(kind, shape, dtype)
+
+    def inputs(self, shape: Shape, dtype: str) -> DpoInputs:
+        hidden, weight, labels, _, softcap = self.head.inputs(shape, dtype)
+        length = max(t for t in range(1, self.length + 1) if shape.n % (2 * t) == 0)
+        pairs = shape.n // (2 * length)
+        ref = torch.full((shape.n,), -(torch.tensor(float(shape.v)).log().item()), device=DEVICE)
+        layout = pk.Layout.pairs([length] * pairs, [length] * pairs)
+        return DpoInputs(hidden, weight, labels, ref, layout, length, softcap)
+
+    def step(self, provider: str, kind: str, inputs: DpoInputs) -> Results:
+        if provider in self.roofs:
+            return multiply(self.roofs[provider], inputs.hidden_ND, inputs.weight_VD)
+        leaves = head_leaves(inputs.hidden_ND, inputs.weight_VD, kind)
+        loss = self.providers[provider].run(inputs, leaves["dhidden"], leaves["dweight"])
+        return {"loss": loss.detach().reshape(1), **gradients(loss, leaves)}
+
+    def sample(self, results: Results, inputs: DpoInputs) -> Results:
+        entries = some_entries(inputs.labels_N, inputs.weight_VD.shape[0])
+        rows = {"loss": slice(None), "dhidden": slice(64), "dweight": entries}
+        return {name: result[rows[name]] for name, result in results.items()}
+
+    def truth(self, inputs: DpoInputs) -> Results:
+        kept = {}
+
+        def upstream(logps: Tensor) -> Tensor:
+            logps = logps.requires_grad_()
+            kept["loss"] = providers.dpo_tail(inputs, logps)
+            return torch.autograd.grad(kept["loss"], logps)[0]
+
+        results = head_truth(inputs, upstream)
+        # A loss is as exact as the sums that it compares: their size, not its own, is what its error is relative to.
+        ratio_PT = (results.pop("logps").detach() - inputs.ref_logps_N).view(-1, 2 * inputs.length)
+        scale = BETA * ratio_PT.abs().sum(1).mean().reshape(1)
+        return {"loss": kept["loss"].detach().reshape(1), "loss_scale": scale, **results}
 
 
 @dataclass(frozen=True)
@@ -140,36 +289,42 @@ class TailInputs:
     ref_logps_N: Tensor
     layout: pk.Layout
     response_of_token_N: Tensor
-    loss: object = field(default_factory=lambda: pk.losses.get("dpo", beta=0.1))
+    loss: object = field(default_factory=lambda: pk.losses.get("dpo", beta=BETA))
 
 
 def _torch_dpo(inputs: TailInputs, logps: Tensor) -> Tensor:
     ratio_N = logps - inputs.ref_logps_N
     ratio_R = logps.new_zeros(inputs.layout.num_responses).index_add(0, inputs.response_of_token_N, ratio_N)
-    return -F.logsigmoid(0.1 * (ratio_R[0::2] - ratio_R[1::2])).mean()
+    return -torch.nn.functional.logsigmoid(BETA * (ratio_R[0::2] - ratio_R[1::2])).mean()
 
 
-def _prefkern_dpo(impl: str) -> Callable[[TailInputs, Tensor], Tensor]:
+def _prefkern_tail(impl: str) -> Callable[[TailInputs, Tensor], Tensor]:
     def loss(inputs: TailInputs, logps: Tensor) -> Tensor:
         return pk.preference_loss(logps, inputs.layout, inputs.loss, inputs.ref_logps_N, impl=impl).loss
 
     return loss
 
 
-class Tail:
+class Tail(Suite):
     """DPO from log-probabilities; ours makes the metrics too, which plain torch here does not."""
 
     name = "tail"
-    flops: dict[str, int] = {"forward": 0, "backward": 0}
-    providers = {BASELINE: _torch_dpo, "eager": _prefkern_dpo("eager"), "triton": _prefkern_dpo("triton")}
+    flops = {"forward": 0, "backward": 0}
     iterations = 20
+    dtypes = usual_dtypes = ("fp32",)  # log-probabilities are, whatever the model's dtype
 
-    def runs(self, provider: str, dtype: str, kind: str) -> bool:
-        """Log-probabilities are fp32 whatever the model's dtype."""
-        return dtype == "fp32" and (provider != "triton" or DEVICE.type == "cuda")
+    def __init__(self) -> None:
+        own = (
+            Provider("prefkern_eager", _prefkern_tail("eager"), ours=True),
+            Provider("prefkern", _prefkern_tail("triton"), devices=("cuda",), ours=True),
+        )
+        super().__init__((Provider(BASELINE, _torch_dpo), *own))
 
     def rounds(self, dtype: str) -> int:
         return 5
+
+    def traffic(self, kind: str, shape: Shape, dtype: str) -> int:
+        return shape.n * (8 if kind == "forward" else 12)
 
     def inputs(self, shape: Shape, dtype: str) -> TailInputs:
         """Four pairs of responses, of unequal lengths that add up to N."""
@@ -185,9 +340,8 @@ class Tail:
 
     def step(self, provider: str, kind: str, inputs: TailInputs) -> Results:
         logps = inputs.logps_N.detach().requires_grad_(kind == "backward")
-        loss = self.providers[provider](inputs, logps)
-        grads = {"dlogps": torch.autograd.grad(loss, logps)[0]} if logps.requires_grad else {}
-        return {"loss": loss.detach().reshape(1), **grads}
+        loss = self.providers[provider].run(inputs, logps)
+        return {"loss": loss.detach().reshape(1), **gradients(loss, {"dlogps": logps})}
 
     def sample(self, results: Results, inputs: TailInputs) -> Results:
         return results
@@ -199,4 +353,4 @@ class Tail:
         return self.step(BASELINE, "backward", double)
 
 
-SUITES = {suite.name: suite for suite in (Head(), Tail())}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (Head(), Dpo(), Tail(), Scaling(), Models())}

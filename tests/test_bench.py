@@ -1,57 +1,117 @@
 """The benchmarks compute what they say, at sizes that take no time."""
 
 import json
+import os
+import types
 
 import pytest
 import torch
 
-from bench import fresh, report
-from bench.suites import BASELINE, CEILING, DTYPES, SUITES, Shape
+from bench import __main__ as bench_main
+from bench import bench_suites, conftest, fresh, plots, record, report, shapes, trainer_step
+from bench.providers import BASELINE, BETA
+from bench.shapes import DTYPES, Shape
+from bench.suites import SUITES
 
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 TINY = Shape(48, 16, 700)
-CASES = [
-    fresh.Case(suite.name, provider, dtype, kind, TINY)
-    for suite in SUITES.values()
-    for dtype in DTYPES
-    for kind in suite.flops
-    for provider in suite.providers
-    if suite.runs(provider, dtype, kind) and provider != CEILING
-]
+CAPPED = TINY._replace(softcap=3.0)
+COMPUTED = [SUITES[name] for name in ("head", "dpo", "tail")]  # the others are the head at other shapes
 
 
-def errors(case: fresh.Case) -> fresh.Outcome:
+def _cases(shape: Shape):
+    for suite in COMPUTED:
+        for dtype in suite.dtypes:
+            for kind in suite.flops:
+                for provider in suite.providers.values():
+                    if provider.obstacle(shape, dtype) is None and (suite.name != "tail" or shape is TINY):
+                        case = fresh.Case(suite.name, provider.name, dtype, kind, shape)
+                        yield pytest.param(case, id=str(case), marks=[pytest.mark.slow] if provider.compiles else [])
+
+
+def outcome(case: fresh.Case) -> fresh.Outcome:
     suite = SUITES[case.suite]
     inputs = suite.inputs(case.shape, case.dtype)
     truth, results = suite.truth(inputs), suite.step(case.provider, case.kind, inputs)
-    return fresh.Outcome(0.0, fresh.errors(suite.sample(results, inputs), truth))
+    return fresh.Outcome(0.0, 0.0, 0.0, fresh.errors(suite.sample(results, inputs), truth))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_is_right(case: fresh.Case):
-    baseline = errors(fresh.Case(case.suite, BASELINE, case.dtype, case.kind, case.shape))
-    fresh.check(case, errors(case), baseline)
+@pytest.mark.parametrize("case", [*_cases(TINY), *_cases(CAPPED)])
+def test_every_provider_computes_the_same(case: fresh.Case):
+    baseline = outcome(fresh.Case(case.suite, BASELINE, case.dtype, case.kind, case.shape))
+    verdict = fresh.verdict(case, outcome(case), baseline)
+    assert not verdict.startswith("wrong")
+    if SUITES[case.suite].find(case.provider).ours:
+        assert verdict == "met"
 
 
-def test_a_wrong_result_is_not_timed():
-    case = fresh.Case("head", "chunked", "fp32", "forward", TINY)
-    right = fresh.Outcome(0.0, {"logps": 1e-7})
-    with pytest.raises(AssertionError, match="head-fp32-forward-chunked: logps is off by 1.00e-03"):
-        fresh.check(case, fresh.Outcome(0.0, {"logps": 1e-3}), right)
-    with pytest.raises(AssertionError, match="off by nan"):
-        fresh.check(case, fresh.Outcome(0.0, {"logps": float("nan")}), right)
+def test_providers_do_not_change_their_inputs():
+    for suite in COMPUTED:
+        inputs = suite.inputs(TINY, "fp32")
+        before = suite.truth(inputs)
+        for name, provider in suite.providers.items():
+            if provider.obstacle(TINY, "fp32") is None and not provider.compiles:
+                suite.step(name, list(suite.flops)[-1], inputs)
+        for key, value in suite.truth(inputs).items():
+            assert torch.equal(value, before[key])
 
 
-def test_truth_is_the_gradient_in_float64():
+def test_verdicts():
+    case = fresh.Case("head", "prefkern", "fp32", "forward", TINY)
+    baseline = fresh.Outcome(0.0, 0.0, 0.0, {"logps": 1e-7})
+
+    def verdict(error: float) -> str:
+        return fresh.verdict(case, fresh.Outcome(0.0, 0.0, 0.0, {"logps": error}), baseline)
+
+    assert verdict(3e-7) == "met"
+    assert verdict(1e-5).startswith("not met: logps is off by 1.00e-05")
+    assert verdict(2e-3).startswith("wrong: logps is off by 2.00e-03")
+    assert verdict(float("nan")).startswith("wrong")
+
+
+@pytest.mark.parametrize("shape", [TINY, CAPPED], ids=["plain", "capped"])
+def test_truth_of_the_head_is_the_gradient_in_float64(shape):
     suite = SUITES["head"]
-    inputs = suite.inputs(TINY, "fp32")
-    names = ("hidden_ND", "weight_VD", "upstream_N")
-    double = inputs._replace(**{name: getattr(inputs, name).double() for name in names})
-    hidden, weight = double.hidden_ND.requires_grad_(), double.weight_VD.requires_grad_()
-    logps = (hidden @ weight.T).log_softmax(-1).gather(1, inputs.labels_N[:, None])[:, 0]
-    grads = torch.autograd.grad(logps, (hidden, weight), double.upstream_N)
-    expected = suite.sample({"logps": logps.detach(), "dhidden": grads[0], "dweight": grads[1]}, inputs)
+    inputs = suite.inputs(shape, "fp32")
+    results = _double(inputs.hidden_ND, inputs.weight_VD, inputs.labels_N, shape.softcap, inputs.upstream_N.double())
     for name, value in suite.truth(inputs).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
+        expected = suite.sample(results, inputs)[name]
+        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_truth_of_dpo_is_the_gradient_in_float64():
+    suite = SUITES["dpo"]
+    inputs = suite.inputs(TINY, "fp32")
+    assert inputs.layout.num_responses == 2 and inputs.length == 24
+
+    def loss(logps):
+        chosen, rejected = logps.view(2, 24).sum(1)  # the uniform reference cancels
+        return torch.nn.functional.softplus(-BETA * (chosen - rejected))
+
+    results = _double(inputs.hidden_ND, inputs.weight_VD, inputs.labels_N, None, loss)
+    expected = suite.sample(results, inputs)
+    truth = suite.truth(inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(truth[name], value, rtol=1e-11, atol=1e-11)
+
+
+def _double(hidden, weight, labels, softcap, upstream):
+    """Results by autograd; `upstream` is a vector, or a loss of the log-probabilities."""
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    z = hidden @ weight.T
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logps = z.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    value = upstream(logps) if callable(upstream) else (upstream * logps).sum()
+    dhidden, dweight = torch.autograd.grad(value, (hidden, weight))
+    name, result = ("loss", value.reshape(1)) if callable(upstream) else ("logps", logps)
+    return {name: result.detach(), "dhidden": dhidden, "dweight": dweight}
+
+
+def test_packed_pairs_are_stacked_chosen_first():
+    inputs = SUITES["dpo"].inputs(Shape(512 * 3, 4, 50), "fp32")
+    assert inputs.length == 256
+    position = inputs.stacked(torch.arange(512 * 3))
+    assert position[:3, 0].tolist() == [0, 512, 1024] and position[3:, 0].tolist() == [256, 768, 1280]
 
 
 def test_memory_of_a_fresh_process_holds_the_logits_of_plain_torch(tmp_path):
@@ -59,31 +119,223 @@ def test_memory_of_a_fresh_process_holds_the_logits_of_plain_torch(tmp_path):
     case = fresh.Case("head", BASELINE, "fp32", "forward", Shape(1024, 8, 16_384))
     suite = SUITES["head"]
     torch.save(suite.truth(suite.inputs(case.shape, case.dtype)), tmp_path / "truth.pt")
-    outcome = fresh.measure(case, tmp_path / "truth.pt")
-    assert 120 < outcome.peak_mib < 200
-    fresh.check(case, outcome, outcome)
+    found = fresh.measure(case, tmp_path / "truth.pt")
+    assert 120 < found.peak_extra_mib < 200
+    assert found.outputs_mib == 1024 * 4 / 2**20
+    assert fresh.verdict(case, found, found) == "met"
 
 
-def test_report_compares_medians_of_one_run():
-    entries = [
-        {
-            "extra_info": {
-                "suite": "head", "dtype": "bf16", "kind": kind, "provider": provider, "peak_mib": 7.0, "device": "cpu",
-                "error": {"logps": 1e-3, "dhidden": 2e-3}, "shape": [1024, 8, 64],
-            },
-            "stats": {"median": seconds},
-        }
-        for kind, provider, times in [
-            ("frozen", BASELINE, (2.0, 4.0, 9.0)), ("frozen", "chunked", (1.0, 3.0, 2.0)), ("forward", CEILING, (1.0,)),
-        ]
-        for seconds in times
-    ]  # fmt: skip
-    records = {r["provider"]: r for r in report.rows({"benchmarks": entries})}
-    assert records["chunked"]["times_s"] == [1.0, 3.0, 2.0]
-    assert records["chunked"]["ratio"] == 0.5
-    assert records["chunked"]["of_matmul"] == 1.0  # twice the FLOPs of one pass in twice its time
-    assert records[CEILING]["ratio"] is None
-    lines = report.table(list(records.values())).splitlines()
-    assert len({len(line) for line in lines[1:]}) == 1
-    assert lines[3].split() == ["head", "bf16", "frozen", "chunked", "2000.00", "0.50", "7", "1.00", "2.0e-03"]
-    assert json.loads(json.dumps(records["chunked"])) == records["chunked"]
+def test_more_rows_than_are_checked_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(fresh, "CHECKED_ROWS", 32)
+    case = fresh.Case("head", "prefkern", "fp32", "frozen", TINY)
+    suite = SUITES["head"]
+    inputs = suite.inputs(fresh.checked(case.shape), case.dtype)
+    assert len(inputs.labels_N) == 32
+    torch.save(suite.truth(inputs), tmp_path / "truth.pt")
+    found = fresh.main(case, tmp_path / "truth.pt")
+    assert found.outputs_mib == pytest.approx((48 * 16 + 48) * 4 / 2**20)
+    assert max(found.error.values()) < 1e-6
+
+
+def test_a_failure_in_a_fresh_process_is_an_error_here():
+    with pytest.raises(RuntimeError, match="failed: ZeroDivisionError: .*by zero"):
+        fresh.in_a_process(divmod, 1, 0)
+    with pytest.raises(RuntimeError, match="was killed"):
+        fresh.in_a_process(os._exit, 9)
+
+
+def options(**given):
+    usual = dict(suite=["head"], shape=None, model=[], tokens=[], dtype=[], passes=[], providers=[], left_out=None)
+    return types.SimpleNamespace(**{**usual, **given})
+
+
+def test_cases_follow_the_options(monkeypatch):
+    monkeypatch.setattr(shapes, "free_bytes", lambda: 64 << 30)
+    monkeypatch.setattr(bench_suites, "matmul_rate", lambda dtype: 1e12)
+    found = [case for case, why in bench_suites.cases(options()) if why is None]
+    assert {case.kind for case in found} == {"forward"} and {case.dtype for case in found} == {"bf16", "fp32"}
+    assert {case.shape for case in found} == {Shape()}
+    asked = options(suite=["head", "dpo"], dtype=["fp32"], passes=["frozen"], providers=["torch", "liger"])
+    found = [case for case, _ in bench_suites.cases(asked)]
+    assert {(case.suite, case.provider) for case in found if case.provider not in report.ROOF_NAMES} == {
+        ("head", "torch"), ("dpo", "torch"), ("dpo", "liger")
+    }  # fmt: skip
+    found = [case for case, why in bench_suites.cases(options(suite=["scaling"])) if why is None]
+    ours = {(case.shape.n, case.shape.v) for case in found if case.provider == "prefkern"}
+    assert ours == {(shape.n, shape.v) for shape in shapes.scaling_shapes()}
+    assert {case.kind for case in found if case.provider == "cross_entropy"} == {"frozen"}
+
+
+def test_what_does_not_fit_is_left_out_and_said_to_be(monkeypatch, tmp_path):
+    monkeypatch.setattr(shapes, "free_bytes", lambda: 16 << 30)
+    monkeypatch.setattr(bench_suites, "matmul_rate", lambda dtype: 1e12)
+    asked = options(suite=["models"], model=["gemma2-2b"], tokens=[512, 131_072], left_out=tmp_path / "left_out.jsonl")
+    listed = list(bench_suites.cases(asked))
+    why = {(case.provider, case.shape.n, case.kind): why for case, why in listed}
+    assert why["prefkern", 512, "frozen"] is None
+    assert why["prefkern", 131_072, "frozen"].startswith("would take")
+    assert why["torch", 131_072, "frozen"].startswith("needs about")
+    assert why["cce", 512, "frozen"] == "does not run on cpu" or shapes.DEVICE.type == "cuda"
+    bench_suites.leave_out(asked, [(case, why) for case, why in listed if why])
+    noted = record.lines(tmp_path / "left_out.jsonl")
+    assert any(r["provider"] == "torch" and r["shape"][0] == 131_072 and "GiB" in r["left_out"] for r in noted)
+
+
+def test_unknown_names_are_errors():
+    parse = conftest._listed(SUITES)
+    assert parse("head,dpo") == ["head", "dpo"]
+    with pytest.raises(ValueError, match="unknown hade"):
+        parse("hade")
+
+
+def fake(provider: str, seconds: list[float], kind="frozen", suite="head", shape=TINY, dtype="bf16", **more):
+    return {
+        "device": "a machine", "threads": 2, "versions": {"torch": "2", "trl": None},
+        **record.case_record(suite, shape, dtype, kind, provider), **record.percentiles(seconds), "times_s": seconds,
+        "peak_extra_mib": 9.0, "outputs_mib": 2.0, "error": {"logps": 1e-3}, "contract": "met", **more,
+    }  # fmt: skip
+
+
+def test_records_compare_medians_of_one_run():
+    records = record.compare([
+        fake("matmul", [3.0, 1.0, 2.0]), fake(BASELINE, [8.0]), fake("prefkern", [5.0]), fake("trl", [10.0], "trained"),
+    ])  # fmt: skip
+    roof, _, ours, other = records
+    assert roof["p50_s"] == 2.0 and roof["flops"] == 2 * TINY.ndv
+    assert ours["ratio"] == 5 / 8
+    assert ours["of_roof"] == pytest.approx(4 / 5), "4NDV take 4 s at the rate of the matmul"
+    assert ours["roof"] == "matmul" and ours["roofs_flop_s"]["matmul"] == TINY.ndv
+    assert other["ratio"] is None and other["of_roof"] is None, "nothing of its own pass to compare it with"
+    assert json.loads(json.dumps(ours)) == ours
+
+
+def test_the_faster_matmul_is_the_roof():
+    records = record.compare([fake("matmul", [2.0]), fake("onednn", [1.0]), fake("prefkern", [4.0])])
+    assert records[2]["roof"] == "onednn" and records[2]["of_roof"] == pytest.approx(0.5)
+
+
+def test_percentiles_interpolate():
+    found = record.percentiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert (found["p20_s"], found["p50_s"], found["p80_s"]) == (2.0, 3.5, 5.0)
+
+
+def test_later_lines_replace_earlier_ones(tmp_path):
+    record.write(tmp_path / "a.jsonl", [fake("trl", [1.0]), fake("prefkern", [1.0])])
+    record.write(tmp_path / "b.jsonl", [fake("trl", [2.0])])
+    found = record.read([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert sorted((r["provider"], r["p50_s"]) for r in found) == [("prefkern", 1.0), ("trl", 2.0)]
+
+
+def everything():
+    """Records of every suite, as a run makes them."""
+    records = []
+    for name in ("head", "dpo"):
+        for kind in SUITES[name].flops:
+            for provider, seconds in (("matmul", 1.0), (BASELINE, 9.0), ("trl", 7.0), ("prefkern", 2.5)):
+                records.append(fake(provider, [seconds], kind, name))
+    for shape in shapes.scaling_shapes():
+        for provider in ("matmul", "cross_entropy", "prefkern"):
+            records.append(fake(provider, [shape.ndv / 1e9], "frozen", "scaling", shape))
+    records.append(fake("prefkern", [1.0], "step", "trainer", tokens_per_s=123.4))
+    gone = record.case_record("head", TINY, "bf16", "frozen", "liger")
+    records = record.compare(records)
+    return [*records, {**records[0], **gone, "left_out": "liger_kernel is not installed"} | {"p50_s": None}]
+
+
+def without_time(records):
+    return [{k: v for k, v in r.items() if not (k == "p50_s" and v is None)} for r in records]
+
+
+def test_report_as_text_and_markdown(tmp_path):
+    records = without_time(everything())
+    lines = report.text(records).splitlines()
+    assert any(line.startswith("left out: liger (liger_kernel is not installed)") for line in lines)
+    found = next(line.split() for line in lines if line.startswith("dpo ") and "frozen   prefkern" in line)
+    assert found == ["dpo", "bf16", "frozen", "prefkern", "2500", "2500-2500", "0.28", "0.80", "9", "1.0e-03", "met"]
+    assert any("123" in line and "trainer" in line for line in lines)
+    rows = report.summaries(records)
+    assert ("dpo", "48, 16, 700", "bf16", "frozen", "2500", "trl", "7000", "0.36", "0.80", "7", "7") in rows
+    table = [line for line in report.markdown(records).splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in table)
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.write_readme(readme, records)
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{report.markdown(records)}\n{report.END}\nafter\n"
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the markers"):
+        report.write_readme(readme, records)
+
+
+def test_pictures_are_drawn(tmp_path):
+    logits = [
+        fake(provider, [1e-3], kind, "logits", Shape(n, 1, v), of_roof=0.5)
+        for provider in ("torch", "prefkern")
+        for kind in ("forward", "backward")
+        for n in (64, 1024)
+        for v in (32_768, 262_144)
+    ]
+    drawn = plots.draw(without_time(everything()) + logits, tmp_path)
+    assert [path.name for path in drawn] == ["a-machine-scaling.png", "a-machine-roof.png", "a-machine-logits.png"]
+    assert all(path.stat().st_size > 10_000 for path in drawn)
+    assert plots.draw([], tmp_path) == []
+
+
+def test_no_figure_after_a_red_gate(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_main, "gate", lambda: 1)
+    monkeypatch.setattr("sys.argv", ["bench", "--out", str(tmp_path / "out.jsonl")])
+    assert bench_main.main() == 1
+    assert "no figures" in capsys.readouterr().out and not (tmp_path / "out.jsonl").exists()
+
+
+def test_no_figure_where_a_case_of_ours_is_wrong(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_main, "suites", lambda folder, options: None)
+    monkeypatch.setattr("sys.argv", ["bench", "--no-gate", "--suite", "head", "--out", str(tmp_path / "out.jsonl")])
+    assert bench_main.main() == 1
+    assert "no figures" in capsys.readouterr().out and not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_command_measures_and_reports(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr("sys.argv", [
+        "bench", "--no-gate", "--suite", "head,tail", "--shape", "48,16,700", "--providers", "torch,prefkern,linear_ce",
+        "--dtype", "bf16,fp32", "--rounds", "2", "--out", str(out),
+    ])  # fmt: skip
+    assert bench_main.main() == 0
+    assert "From hidden states to token log-probabilities: N 48, D 16, V 700" in capsys.readouterr().out
+    found = {(r["suite"], r["dtype"], r["pass"], r["provider"]): r for r in record.lines(out)}
+    ours, roof = found["head", "bf16", "forward", "prefkern"], found["head", "bf16", "forward", "matmul"]
+    assert ours["rounds"] == len(ours["times_s"]) == 2 and ours["contract"] == "met"
+    assert ours["flops"] == roof["flops"] == 2 * TINY.ndv and ours["roof"] == "matmul"
+    assert ours["bytes"] == (48 * 16 + 700 * 16) * 2 + 48 * 16
+    assert torch.__version__.startswith(ours["versions"]["torch"].split("+")[0])
+    assert ours["commit"] and ours["device"] and ours["peak_extra_mib"] >= 0
+    assert ("tail", "fp32", "backward", "torch") in found
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        assert found["head", "bf16", "forward", "linear_ce"]["contract"].startswith("not met")
+
+
+def steps(losses) -> trainer_step.Steps:
+    return trainer_step.Steps(losses, [9.0, 1.0, 2.0], [10, 20, 40], 5.0)
+
+
+def test_trainers_are_compared_where_their_losses_agree():
+    theirs, ours = trainer_step.records({"trl": [steps([1.0] * 3)], "prefkern": [steps([1.00005] * 3)]}, TINY)
+    assert theirs["tokens_per_s"] == 20 and theirs["ratio"] == 1.0 and ours["rounds"] == 2
+    with pytest.raises(AssertionError, match="step 2: our loss is 1.1, TRL's 1.0"):
+        trainer_step.records({"trl": [steps([1.0] * 3)], "prefkern": [steps([1.0, 1.0, 1.1])]}, TINY)
+
+
+@pytest.mark.slow
+def test_a_step_of_ours_and_of_trl_have_the_same_loss():
+    pytest.importorskip("trl")
+    size = trainer_step.Size(vocab=2000, hidden=32, layers=2, pairs=2, steps=3, longest=16)
+    theirs, ours = trainer_step.compare_trainers(size, rounds=1)
+    assert (theirs["provider"], ours["provider"]) == ("trl", "prefkern")
+    assert len(ours["losses"]) == 3 and abs(ours["losses"][0] - 0.6931) > 1e-3, "policy and reference differ"
+    assert ours["tokens_per_s"] > 0 and ours["peak_extra_mib"] > 0
+
+
+def test_dtypes_of_the_suites_are_known():
+    assert all(set(suite.usual_dtypes) <= set(suite.dtypes) <= set(DTYPES) for suite in SUITES.values())

@@ -1,0 +1,152 @@
+"""JSON lines: one a measurement, each with everything that its figures depend on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import prefkern
+from bench.providers import BASELINE
+from bench.shapes import Shape
+from bench.suites import SUITES
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
+
+Record = dict[str, Any]
+
+
+def provenance() -> Record:
+    """Date, commit, versions and machine."""
+    versions = {"python": platform.python_version(), "prefkern": prefkern.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if cuda else _cpu(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if (
+        info.exists()
+    ) else []  # fmt: skip
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def case_record(suite: str, shape: Shape, dtype: str, kind: str, provider: str) -> Record:
+    """What a measurement is of."""
+    return {
+        "suite": suite, "model": shape.model, "shape": [shape.n, shape.d, shape.v], "softcap": shape.softcap,
+        "dtype": dtype, "pass": kind, "head": kind if kind in ("frozen", "trained") else None, "provider": provider,
+        "ours": provider.startswith("prefkern"),
+    }  # fmt: skip
+
+
+def percentiles(times: Sequence[float]) -> Record:
+    """Of the rounds, in seconds; by linear interpolation, so that few rounds do not make them the extremes."""
+    ordered = sorted(times)
+
+    def at(q: float) -> float:
+        position = q * (len(ordered) - 1)
+        low = int(position)
+        return ordered[low] + (position - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+    return {"rounds": len(ordered), "p20_s": at(0.2), "p50_s": at(0.5), "p80_s": at(0.8)}
+
+
+def compare(records: Iterable[Record]) -> list[Record]:
+    """The records with what follows from several: FLOPs, bytes, ratio to plain torch, fraction of the roof.
+
+    roof: the fastest matrix product of the same shape and dtype in the same rounds, in FLOP/s.
+    of_roof: the time that the pass's FLOPs take at that rate, divided by the measured time. The FLOPs are those
+        that the result needs (2, 4 or 6 NDV), whatever a provider spends.
+    """
+    records = list(records)
+    groups: dict[tuple, list[Record]] = {}
+    for r in records:
+        groups.setdefault((r["suite"], r["model"], *r["shape"], r["dtype"], r["pass"]), []).append(r)
+    for (name, _, n, d, v, dtype, kind), group in groups.items():
+        suite = SUITES.get(name)
+        if suite is None:
+            continue
+        timed = {r["provider"]: r["p50_s"] for r in group if "p50_s" in r}
+        roofs = {name: 2 * n * d * v / timed[name] for name in suite.roofs if name in timed}
+        best = max(roofs, key=roofs.get, default=None)
+        for r in group:
+            if "p50_s" not in r:
+                continue
+            is_roof = r["provider"] in suite.roofs
+            r["flops"] = (2 if is_roof else suite.flops[kind]) * n * d * v
+            r["bytes"] = suite.traffic("forward" if is_roof else kind, Shape(n, d, v), dtype)
+            r["ratio"] = r["p50_s"] / timed[BASELINE] if BASELINE in timed else None
+            r["roofs_flop_s"] = roofs
+            r["roof"] = best
+            r["of_roof"] = r["flops"] / roofs[best] / r["p50_s"] if best and r["flops"] else None
+    return records
+
+
+def from_benchmark(results: Mapping[str, Any], left_out: Iterable[Record] = ()) -> list[Record]:
+    """Records of a file of pytest-benchmark, whose every entry is one round, and of what was not timed."""
+    times: dict[tuple, list[float]] = {}
+    measured: dict[tuple, Record] = {}
+    for entry in results["benchmarks"]:
+        suite, shape, dtype, kind, provider = entry["extra_info"]["case"]
+        key = (suite, Shape(*shape), dtype, kind, provider)
+        times.setdefault(key, []).append(entry["stats"]["median"])
+        measured[key] = entry["extra_info"]["measured"]
+    records = [
+        {**case_record(*key), **percentiles(values), "times_s": values, **measured[key]}
+        for key, values in times.items()
+    ]
+    origin = provenance()
+    return [{**origin, **r} for r in [*compare(records), *left_out]]
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    """Append the records."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(r) + "\n" for r in records)
+
+
+def lines(path: Path) -> list[Record]:
+    """The records of a file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """Records of several files; where two are of the same case and machine, the one that was written last."""
+    found: dict[tuple, Record] = {}
+    for r in (r for path in paths for r in lines(path)):
+        key = (r["device"], r["suite"], r["model"], tuple(r["shape"]), r["dtype"], r["pass"], r["provider"])
+        found.pop(key, None)
+        found[key] = r
+    return list(found.values())
