@@ -40,6 +40,7 @@ from .tuning import (
     head_config,
     on_its_device,
     require_dot_dtype,
+    slice_width,
     tiles_per_program,
 )
 
@@ -58,7 +59,7 @@ def logits_tile(
     else:
         z0 = add_dot(z0, hidden, weight, rows, cols, D, stride_hn, stride_hd, stride_wv, stride_wd, EVEN_D, BLOCK_D)
     if low_ptr is not None:
-        z0 = add_dot(z0, low_ptr, low_weight_ptr, rows, cols, R, R, 1, R, 1, False, BLOCK_R)
+        z0 = add_dot(z0, low_ptr, low_weight_ptr, rows, cols, R, R, 1, R, 1, False, BLOCK_R, 1)
     if bias_ptr is not None:
         z0 += tl.load(bias_ptr + cols).to(tl.float32)[None, :]
     return transform(z0, in_scale, out_scale, HAS_SOFTCAP)
@@ -100,8 +101,10 @@ def lm_head_forward_kernel(
         mask_v = (offs_v < V)[None, :]
         if WANT_MEAN:
             total_n += tl.sum(tl.where(mask_v, z, 0.0), axis=1)
-        is_label = offs_v[None, :] == column_n[:, None]
-        z_label_n += tl.sum(tl.where(is_label, z, 0.0), axis=1)
+        in_tile_n = column_n - start
+        if tl.max(((in_tile_n >= 0) & (in_tile_n < BLOCK_V)).to(tl.int32)) > 0:  # most tiles hold no row's label
+            is_label = tl.arange(0, BLOCK_V)[None, :] == in_tile_n[:, None]
+            z_label_n += tl.sum(tl.where(is_label, z, 0.0), axis=1)
         z = tl.where(mask_v, z, float("-inf"))
         max_n, sum_n, dot_n = online_update(z, max_n, sum_n, dot_n, WANT_ENTROPY)
 
@@ -319,18 +322,17 @@ def lm_head_backward(
         flags = None if filter_eps is None else torch.empty((blocks_n, blocks_v), dtype=torch.int8, device=out.device)
         lm_head_dlogits_kernel[(blocks_n * blocks_v,)](
             *inputs.pointers(config), *rows, out, flags, *inputs.strides,
-            N, D, V, inputs.rank, first, out.shape[1], head.ignore_index, filter_eps=filter_eps or 0.0,
+            N, D, V, inputs.rank, first, out.shape[1], head.ignore_index, filter_eps=float(filter_eps or 0),
             **transform_args(head), **_options(config, D, inputs.rank),
         )  # fmt: skip
         return flags
 
     def workspace(config: HeadConfig) -> Tensor:
-        # A multiple of block_v also in the last slice: aligned rows for the products. Slices of one size, nearly.
-        tiles = triton.cdiv(V, config.block_v)
-        most = max(1, workspace_bytes // (N * config.block_v * hidden_ND.itemsize))
-        return hidden_ND.new_empty((N, triton.cdiv(tiles, triton.cdiv(tiles, most)) * config.block_v))
+        # A multiple of block_v also in the last slice: aligned rows for the products.
+        return hidden_ND.new_empty((N, slice_width(N, V, config, hidden_ND.itemsize, workspace_bytes)))
 
-    config = inputs.config(arch, bare=False)
+    bare = head.softcap is None and grad_entropy_N is None and filter_eps is None
+    config = inputs.config(arch, bare=bare)
     config = inputs.choose("lm_head_dlogits", config, arch, lambda c: launch(c, workspace(c), 0))
     slice_NW = workspace(config)
     dhidden, dlow = (_fresh(t, torch.float32, n) for t, n in ((hidden_ND, needs_hidden), (low_NR, needs_low)))
@@ -426,7 +428,7 @@ _COMBINE_BLOCK = 32, 32
 
 
 def _options(config: HeadConfig, D: int, rank: int) -> dict[str, int | bool]:
-    block_r = min(64, triton.next_power_of_2(max(16, rank)))
+    block_r = min(32, triton.next_power_of_2(max(16, rank)))
     return dict(
         TMA=config.tma, EVEN_D=config.tma or D % config.block_d == 0, BLOCK_N=config.block_n, BLOCK_V=config.block_v,
         BLOCK_D=config.block_d, BLOCK_R=block_r, GROUP_N=config.group_n, num_warps=config.num_warps,
@@ -441,12 +443,12 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
     """
     found = []
     for (name, kernel), (variant, n, full, rank, copies) in itertools.product(_KERNELS, _VARIANTS):
-        bare = not full and kernel is lm_head_forward_kernel
-        config = head_config(n, dtype, arch, bare=bare, bulk_copies=copies)
-        if copies or config != head_config(n, dtype, arch, bare=bare, bulk_copies=True):
-            found.append(_specialization(f"{name} {variant}", kernel, config, dtype, full, rank))
-    config = head_config(_MANY, dtype, arch, bare=False, bulk_copies=True)
-    return [*found, *block_sparse.specializations(dtype, config), _combine_specialization()]
+        config = head_config(n, dtype, arch, bare=not full, bulk_copies=copies)
+        if copies or config != head_config(n, dtype, arch, bare=not full, bulk_copies=True):
+            sizes = {"D": 4112 if full else 4096, "R": rank} | ({} if n == _MANY else {"N": n})
+            found.append(_specialization(f"{name} {variant}", kernel, config, dtype, full, sizes))
+    bare, other = (head_config(_MANY, dtype, arch, bare=bare, bulk_copies=True) for bare in (True, False))
+    return [*found, *block_sparse.specializations(dtype, other), _combine_specialization(bare)]
 
 
 _KERNELS = (("lm_head_forward", lm_head_forward_kernel), ("lm_head_dlogits", lm_head_dlogits_kernel))
@@ -463,7 +465,9 @@ _VARIANTS = (
 )
 
 
-def _specialization(name: str, kernel, config: HeadConfig, dtype: torch.dtype, full: bool, rank: int) -> Specialization:
+def _specialization(
+    name: str, kernel, config: HeadConfig, dtype: torch.dtype, full: bool, sizes: dict[str, int]
+) -> Specialization:
     x, f = f"*{TYPE_NAMES[dtype]}", "*fp32"
     ints = ("stride_hn", "stride_wv", "N", "D", "V", "R")
     types = {"labels_ptr": "*i64", "in_scale": "fp32", "out_scale": "fp32"} | dict.fromkeys(ints, "i32")
@@ -478,19 +482,24 @@ def _specialization(name: str, kernel, config: HeadConfig, dtype: torch.dtype, f
         types |= {"lse_ptr": f, "grad_logp_ptr": f, "out_ptr": x, "filter_eps": "fp32"}
         types |= dict.fromkeys(("first_v", "width", "ignore_index"), "i32")
         optional = {"bias_ptr": x, "entropy_ptr": f, "grad_entropy_ptr": f, "kept_ptr": "*i8"}
-    options = _options(config, 4112 if full else 4096, rank)
+    options = _options(config, sizes["D"], sizes["R"])
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     fixed = {"stride_hd": 1, "stride_wd": 1, "HAS_SOFTCAP": full} | options
-    for given, names in ((rank > 0, low), (full, optional)):
+    for given, names in ((sizes["R"] > 0, low), (full, optional)):
         types, fixed = (types | names, fixed) if given else (types, fixed | dict.fromkeys(names))
     divisible = ("stride_hn", "stride_wv", "D", "V", "R", "width")
-    return Specialization(name, kernel, types, fixed, warps, stages, divisible, tensor_cores=dtype != torch.float32)
+    return Specialization(
+        name, kernel, types, fixed, warps, stages, divisible, tensor_cores=dtype != torch.float32, sizes=sizes,
+        config=config,
+    )  # fmt: skip
 
 
-def _combine_specialization() -> Specialization:
+def _combine_specialization(config: HeadConfig) -> Specialization:
     pointers = ("max", "sum", "label", "dot", "total", "logp", "lse", "entropy", "mean")
     signature = {f"{name}_ptr": "*fp32" for name in pointers} | {"labels_ptr": "*i64", "top1_ptr": "*i1"}
     signature |= {name: "i32" for name in ("N", "V", "splits", "ignore_index")}
     block_s, block_n = _COMBINE_BLOCK
     fixed = {"BLOCK_S": block_s, "BLOCK_N": block_n}
-    return Specialization("lm_head_combine", lm_head_combine_kernel, signature, fixed, num_warps=4, num_stages=1)
+    return Specialization(
+        "lm_head_combine", lm_head_combine_kernel, signature, fixed, num_warps=4, num_stages=1, config=config
+    )

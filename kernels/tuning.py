@@ -25,6 +25,11 @@ class Arch:
     num_sms: int
 
     @property
+    def warp_size(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.name.startswith("gfx9") else 32
+
+    @property
     def target(self) -> GPUTarget:
         """What triton compiles for."""
         if self.name.startswith("gfx"):
@@ -79,12 +84,18 @@ def require_dot_dtype(dtype: torch.dtype) -> None:
         raise TypeError("kernels with a matmul cannot be interpreted in bfloat16: use float32 or float16")
 
 
+MAX_ROW_SPLITS = 16
+# Threads of a row program, and the bytes that one of them loads and stores at a time: four pieces of 16.
+_ROW_THREADS, _THREAD_BYTES = 256, 64
+
+
 @dataclass(frozen=True)
 class RowConfig:
-    """block_n rows a program, read block_v columns at a time."""
+    """block_n rows a program, read block_v columns at a time, or edge_v where the row does not go on for as long."""
 
     block_n: int
     block_v: int
+    edge_v: int
     num_warps: int
     num_stages: int = 1
 
@@ -110,15 +121,38 @@ class HeadConfig:
 Config = TypeVar("Config", RowConfig, HeadConfig)
 
 
-def row_config(V: int, dtype: torch.dtype, arch: Arch) -> RowConfig:
-    """Row kernels: 16 bytes a thread and load, several loads in flight; short rows share a program."""
+def row_config(V: int, dtype: torch.dtype, arch: Arch, *, writes: bool) -> RowConfig:
+    """Row kernels, of which some write as much as they read; short rows share a program."""
     if arch.name == "interpreter":
         # Its cost is the number of programs, not their size.
         block_v = min(triton.next_power_of_2(V), 512)
-        return RowConfig(2**15 // block_v, block_v, num_warps=1)
-    block_v = min(triton.next_power_of_2(V), 4096)
-    block_n = max(1, 1024 // block_v)
-    return RowConfig(block_n, block_v, num_warps=8 if block_v >= 4096 else 4)
+        return RowConfig(2**15 // block_v, block_v, block_v, num_warps=1)
+    thread_bytes = _THREAD_BYTES // 2 if writes else _THREAD_BYTES
+    block_v = min(triton.next_power_of_2(V), _ROW_THREADS * thread_bytes // dtype.itemsize)
+    num_warps = _ROW_THREADS // arch.warp_size
+    if block_v * dtype.itemsize < _ROW_THREADS * thread_bytes:
+        return RowConfig(max(1, 1024 // block_v), block_v, block_v, num_warps // 2)
+    return RowConfig(1, block_v, _ROW_THREADS * 16 // dtype.itemsize, num_warps)
+
+
+def row_splits(N: int, V: int, config: RowConfig, arch: Arch) -> int:
+    """Parts that every row is cut into, one program each: 1, 2, 4, 8 or 16.
+
+    Enough that few rows still fill the chip, by parts of a tile or more; and by parts of four tiles or more, enough
+    that a last wave of programs that is not full costs little. With more rows than that, a row is one program's.
+    """
+    tiles = triton.cdiv(V, config.block_v)
+    if arch.name == "interpreter":
+        return min(2, tiles)
+    splits, blocks = 1, triton.cdiv(N, config.block_n)
+    for wanted, least_tiles in ((_FILLED * arch.num_sms, 1), (_EVEN * arch.num_sms, 4)):
+        while blocks * splits < wanted and 2 * splits * least_tiles <= tiles and splits < MAX_ROW_SPLITS:
+            splits *= 2
+    return splits
+
+
+# Row programs a processor: what keeps its share of the memory busy, and what evens out the last of them.
+_FILLED, _EVEN = 3, 32
 
 
 def can_bulk_copy(matrix: torch.Tensor) -> bool:
@@ -131,19 +165,26 @@ def can_bulk_copy(matrix: torch.Tensor) -> bool:
 def head_config(N: int, dtype: torch.dtype, arch: Arch, *, bare: bool, bulk_copies: bool) -> HeadConfig:
     """Matmul kernels, which keep one (block_n, block_v) fp32 tile, and what they make of it, in registers.
 
-    bare: all they make of it is a log-sum-exp (no gradient, softcap, entropy or mean), which leaves registers over.
+    bare: they make little of it (no softcap, entropy, mean or filter), which leaves registers over for a wide tile: a
+        tile of 128 x 256 asks a third less of the L2 cache for each product than two of 128 x 128.
     bulk_copies: `can_bulk_copy` of both operands.
     """
     if arch.name == "interpreter":
         return HeadConfig(128, 256, 64, num_warps=1, num_stages=1, group_n=2)
     if dtype == torch.float32:  # IEEE products: no tensor cores, so small tiles that leave registers for the operands
         return HeadConfig(64, 128, 16, num_warps=8, num_stages=2)
-    if arch.shared_memory < ARCHS["sm_80"].shared_memory:  # gfx942, consumer boards
+    if arch.name.startswith("gfx"):
+        if bare:
+            return HeadConfig(128, 256, 32, num_warps=8, num_stages=2)
+        return HeadConfig(128, 128, 64, num_warps=8, num_stages=2)
+    if arch.shared_memory < ARCHS["sm_80"].shared_memory:  # consumer boards
         return HeadConfig(128, 128, 32, num_warps=8, num_stages=2)
     tma = bulk_copies and arch.name.startswith(("sm_9", "sm_10"))
-    if arch.name == "sm_90" and bare:
-        return HeadConfig(128, 256, 64, num_warps=8, num_stages=3, tma=tma)
-    return HeadConfig(128, 128, 64, num_warps=8, num_stages=3, tma=tma)
+    if bare and N <= 64 and not arch.name.startswith("sm_10"):  # bound by reading the weight: more loads in flight
+        return HeadConfig(64, 128, 64, num_warps=4, num_stages=4, per_sm=2, tma=tma)
+    if bare and tma and arch.name.startswith("sm_9"):
+        return HeadConfig(128, 256, 64, num_warps=8, num_stages=4, tma=tma)
+    return HeadConfig(128, 128, 64, num_warps=8, num_stages=4 if tma else 3, tma=tma)
 
 
 # The cost of a tile in units of one step over block_d, as a model: what follows its product, and a program's start.
@@ -173,6 +214,13 @@ def tiles_per_program(N: int, D: int, V: int, config: HeadConfig, arch: Arch) ->
     return min((plan(w) for w in range(least_waves, least_waves + 32)), key=lambda found: found[0])[1]
 
 
+def slice_width(N: int, V: int, config: HeadConfig, itemsize: int, workspace_bytes: int) -> int:
+    """Columns of a slice of the vocabulary in the backward: whole tiles that fit the workspace, evenly shared out."""
+    tiles = triton.cdiv(V, config.block_v)
+    most = max(1, workspace_bytes // (N * config.block_v * itemsize))
+    return triton.cdiv(tiles, triton.cdiv(tiles, most)) * config.block_v
+
+
 def neighbours(config: Config) -> list[Config]:
     """The configuration and those one step away from it."""
     found = [config]
@@ -180,7 +228,8 @@ def neighbours(config: Config) -> list[Config]:
         if hasattr(config, name):
             found += [replace(config, **{name: v}) for v in (getattr(config, name) // 2, getattr(config, name) * 2)]
     found += [replace(config, num_stages=config.num_stages + step) for step in (-1, 1) if config.num_stages + step > 0]
-    return [c for c in found if 1 <= c.num_warps <= 16 and c.block_v >= 16 and getattr(c, "block_d", 16) >= 16]
+    found = [c for c in found if 1 <= c.num_warps <= 16 and c.block_v >= 16 and getattr(c, "block_d", 16) >= 16]
+    return [replace(c, edge_v=min(c.edge_v, c.block_v)) if isinstance(c, RowConfig) else c for c in found]
 
 
 _best: dict[tuple, Any] = {}
@@ -220,6 +269,7 @@ class Specialization:
         num_warps, num_stages: launch options.
         tensor_cores: whether its matmul has to run on them.
         sizes: of its launch in the committed table, where they are not the reference's, as {"V": 507}; see roofline.py.
+        config: what the constants were made of.
     """
 
     name: str
@@ -231,6 +281,7 @@ class Specialization:
     divisible: tuple[str, ...] = field(default=())
     tensor_cores: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
+    config: RowConfig | HeadConfig | None = None
 
 
 # triton's names of the element types.

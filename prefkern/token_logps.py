@@ -221,7 +221,7 @@ def _head_gradient(call, hidden, weight, bias, labels, lse, entropy, grad_logps,
             hidden, weight, labels, lse, grad_logps, call.head,
             bias_V=bias, entropy_N=entropy, grad_entropy_N=grad_entropy, needs_hidden=needs[0], needs_weight=needs[1],
             needs_bias=needs[2], workspace_bytes=call.plan.workspace_bytes,
-        )  # fmt: skip
+        )[:3]  # fmt: skip
     stats = RowStats(lse, lse, entropy)
     return chunked.backward(
         hidden, weight, bias, labels, call.head, call.plan, stats, grad_logps, grad_entropy, needs=needs, rows=call.rows
