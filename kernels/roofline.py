@@ -56,8 +56,8 @@ class Board:
 # Rates: NVIDIA A100 80GB SXM datasheet (2021), H200 SXM datasheet (2024) and HGX B200 datasheet (2025), dense, half of
 # what they print with sparsity; AMD Instinct MI300X data sheet (2023). The MI300X's fp32 matrix units give its vector
 # rate. Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" and "Arithmetic
-# Instructions"; PTX ISA, "Tensor Memory"; AMD CDNA 3 ISA guide; LLVM's AMDGPUBaseInfo, "getMaxWorkGroupsPerCU": a
-# workgroup of several waves holds one of 16 barriers.
+# Instructions"; the steps of allocation from CUDA's cuda_occupancy.h; PTX ISA, "Tensor Memory"; AMD CDNA 3 ISA guide;
+# LLVM's AMDGPUBaseInfo, "getMaxWorkGroupsPerCU": a workgroup of several waves holds one of 16 barriers.
 BOARDS = {
     "sm_80": Board("A100 80GB SXM", 108, 312e12, 19.5e12, 128, 2.039e12, shared_memory=164 * 1024),
     "sm_90": Board("H200 SXM", 132, 989e12, 67e12, 256, 4.8e12),
@@ -105,7 +105,7 @@ def _up(value: int, step: int) -> int:
 # The launches that the table is about, where a specialisation does not say otherwise (Specialization.sizes).
 ROWS = (8192, 1024)
 REFERENCE = {"D": 4096, "V": 128_256}
-# Of a slice's gradient in the cut body's backward: the default on boards of this size.
+# Of a slice's gradient in the cut body's backward: the default where device memory is 128 GiB or more.
 WORKSPACE_BYTES = 512 << 20
 
 # What each pointer or descriptor leads to, as a product of sizes: N rows, D hidden, V vocabulary, R rank, P parts of
