@@ -11,7 +11,8 @@ import prefkern as pk
 from conftest import DEVICE
 from prefkern import planner
 from prefkern import rows as torch_rows
-from prefkern.kernels import row_softmax
+from prefkern.head import Head
+from prefkern.kernels import lm_head, row_softmax
 from prefkern.kernels.tuning import arch_of, head_config, slice_width
 
 LENGTHS = [5, 9, 12, 3, 20, 15]  # chosen, rejected, ... of three pairs
@@ -103,6 +104,19 @@ def test_cut_body(slices, launches):
 
     expected = {"lm_head_forward_kernel": 1, "lm_head_combine_kernel": 1, "tail_kernel": 1}
     assert step(launches, forward, hidden) == (expected, {"lm_head_dlogits_kernel": min(slices, tiles)})
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_cut_body_with_a_filter(train_head, launches):
+    """A slice's products skip tiles, so they are kernels, too: one for each gradient that is needed."""
+    hidden, weight, labels = problem(train_hidden=False)
+    stats = lm_head.lm_head_forward(hidden, weight, labels, Head())
+    launches.clear()
+    lm_head.lm_head_backward(
+        hidden, weight, labels, stats.lse, torch.ones(N, device=DEVICE), Head(), needs_hidden=True,
+        needs_weight=train_head, needs_bias=False, workspace_bytes=1 << 30, filter_eps=1e-4,
+    )  # fmt: skip
+    assert launches == {"lm_head_dlogits_kernel": 1, "sparse_product_kernel": 1 + train_head}
 
 
 def chunks(hidden: torch.Tensor, grad_hidden: bool, grad_head: bool, workspace: int) -> tuple[int, int]:
