@@ -3,7 +3,8 @@
 #   make test       the tests, but the slow ones (all of them where CI is set)
 #   make test-all   the slow ones too
 #   make demo       train a small model on preferences and report what it gained
-#   make bench      time and memory against plain torch, as one table
+#   make bench      time and memory against every peer, on the CPU unless there is a GPU; no figure if a test is red
+#   make bench-gpu  tests with real kernels, then what matters most first, in under 10 minutes on one GPU
 #   make aot        compile every kernel for GPUs that need not be here: bench/results/aot.jsonl and aot.md again
 #   make docs       write docs/losses.md again, from what the registry of losses says
 #   make studies    what the losses do: small seeded experiments, every table and picture of bench/studies again
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.installed
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10 python
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: test test-all demo bench aot docs studies clean
+.PHONY: test test-all demo bench bench-gpu aot docs studies clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(if $(CI),,-m "not slow") $(ARGS)
@@ -31,6 +32,14 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)
+
+# An interpreter that has torch and triton serves as it is: a GPU machine may reach no package index.
+bench-gpu:
+	@python=$(or $(PYTHON),python3); \
+	if ! $$python -c 'import torch, triton, transformers' 2>/dev/null; then \
+		$(MAKE) --no-print-directory $(STAMP) && python=$(BIN)/python || exit 1; \
+	fi; \
+	$$python -m bench.gpu $(ARGS)
 
 aot: $(STAMP)
 	$(BIN)/python -m prefkern.kernels.aot_table bench/results/aot $(ARGS)

@@ -56,7 +56,14 @@ setup(
     extras_require={
         # `kernels` is Hugging Face's: its name is that of our folder. trl is what the losses are compared with.
         "test": ["kernels", "pytest>=8.1", "trl>=1.16; python_version >= '3.11'"],
-        "bench": ["pytest>=8.1", "pytest-benchmark>=4"],
+        # What the head is timed against; each is left out of the table where it is not installed.
+        "bench": [
+            "cut-cross-entropy>=25.1",
+            "liger-kernel>=0.8; platform_system == 'Linux'",
+            "pytest>=8.1",
+            "pytest-benchmark>=4",
+            "trl>=1.16; python_version >= '3.11'",
+        ],
     },
     entry_points={"console_scripts": ["prefkern = prefkern.training.cli:main"]},
 )

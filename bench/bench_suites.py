@@ -21,7 +21,8 @@ from bench.shapes import DTYPES, Shape, matmul_rate, synchronize
 from bench.suites import SUITES
 
 SLOW_SECONDS, SLOW_ROUNDS = 5, 2  # a run that takes longer is run less often
-_warm: set[Case] = set()
+_warm: set[Case] = set()  # of the group that is being timed
+_group: list[Case] = []  # one of that group
 
 
 def cases(options) -> Iterator[tuple[Case, str | None]]:
@@ -136,6 +137,10 @@ def bench_time(case: Case, round_: int, measured, benchmark) -> None:
         suite.step(case.provider, case.kind, data)
         synchronize()
 
+    if not _group or replace(_group[0], provider=case.provider) != case:
+        _group[:] = [case]
+        _warm.clear()
+        torch._dynamo.reset()  # code that was compiled for other dtypes and passes counts towards a limit
     if case not in _warm:
         warm_up(case, data)
         _warm.add(case)
