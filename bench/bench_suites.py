@@ -134,7 +134,7 @@ def bench_time(case: Case, round_: int, measured, benchmark) -> None:
     data = inputs(case.suite, case.dtype, case.shape)
 
     def step() -> None:
-        suite.step(case.provider, case.kind, data)
+        suite.step(case.provider, case.kind, prepared)
         synchronize()
 
     if not _group or replace(_group[0], provider=case.provider) != case:
@@ -144,6 +144,7 @@ def bench_time(case: Case, round_: int, measured, benchmark) -> None:
     if case not in _warm:
         warm_up(case, data)
         _warm.add(case)
+    prepared = suite.prepare(case.provider, case.kind, data)
     benchmark.extra_info.update(
         case=[case.suite, list(case.shape), case.dtype, case.kind, case.provider], measured=facts
     )  # fmt: skip

@@ -24,8 +24,11 @@ import torch
 
 from bench.providers import BASELINE
 from bench.shapes import DEVICE, DTYPES, Shape, synchronize
-from bench.suites import CHECKED_ROWS, SUITES, Results
+from bench.suite import Results, Suite
+from bench.suites import SUITES
 
+# Rows that are compared with float64: those of the shape itself up to here, else of the same head with this many.
+CHECKED_ROWS = 1024
 # The project's bound: twice the baseline's error plus one unit, the dtype's rounding or fp32's for what is fp32.
 TIMES_BASELINE = 2
 # An error of this share of the largest value is no rounding: the provider computes something else.
@@ -114,17 +117,23 @@ def main(case: Case, truth: Path) -> Outcome:
     inputs = suite.inputs(case.shape, case.dtype)
     warm_up(case, inputs)
     gc.collect()
+    prepared = suite.prepare(case.provider, case.kind, inputs)
     before, start = reset_peak(), time.perf_counter()
-    results = suite.step(case.provider, case.kind, inputs)
+    results = suite.step(case.provider, case.kind, prepared)
     synchronize()
     seconds, extra = time.perf_counter() - start, peak() - before
     outputs = sum(t.numel() * t.element_size() for t in results.values())
     if case.shape.n > CHECKED_ROWS:
-        del results, inputs
+        del results, prepared, inputs
         inputs = suite.inputs(checked(case.shape), case.dtype)
-        results = suite.step(case.provider, case.kind, inputs)
+        results = run(suite, case, inputs)
     error = errors(suite.sample(results, inputs), torch.load(truth, map_location=DEVICE))
     return Outcome(extra / 2**20, outputs / 2**20, seconds, error)
+
+
+def run(suite: Suite, case: Case, inputs: Any) -> Results:
+    """A pass with what it starts from."""
+    return suite.step(case.provider, case.kind, suite.prepare(case.provider, case.kind, inputs))
 
 
 def warm_up(case: Case, inputs) -> None:
@@ -132,9 +141,9 @@ def warm_up(case: Case, inputs) -> None:
     suite = SUITES[case.suite]
     if suite.find(case.provider).compiles:
         for _ in range(2):  # the second may compile again, for sizes that may change
-            suite.step(case.provider, case.kind, inputs)
+            run(suite, case, inputs)
     else:
-        suite.step(case.provider, case.kind, suite.inputs(Shape(64, 32, 257, case.shape.softcap), case.dtype))
+        run(suite, case, suite.inputs(Shape(64, 32, 257, case.shape.softcap), case.dtype))
 
 
 def checked(shape: Shape) -> Shape:

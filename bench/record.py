@@ -85,31 +85,30 @@ def percentiles(times: Sequence[float]) -> Record:
 def compare(records: Iterable[Record]) -> list[Record]:
     """The records with what follows from several: FLOPs, bytes, ratio to plain torch, fraction of the roof.
 
-    roof: the fastest matrix product of the same shape and dtype in the same rounds, in FLOP/s.
-    of_roof: the time that the pass's FLOPs take at that rate, divided by the measured time. The FLOPs are those
-        that the result needs (2, 4 or 6 NDV), whatever a provider spends.
+    roofs: FLOP/s of each matrix product of the same shape and dtype in the same rounds; where there is none in the
+        suite, bytes/s of a copy. roof: the fastest.
+    of_roof: the time that the pass's work takes at that rate, divided by the measured time. The work is what the result
+        needs (2, 4 or 6 NDV), whatever a provider spends.
     """
     records = list(records)
     groups: dict[tuple, list[Record]] = {}
     for r in records:
         groups.setdefault((r["suite"], r["model"], *r["shape"], r["dtype"], r["pass"]), []).append(r)
     for (name, _, n, d, v, dtype, kind), group in groups.items():
-        suite = SUITES.get(name)
+        suite, shape = SUITES.get(name), Shape(n, d, v)
+        timed = {r["provider"]: r for r in group if "p50_s" in r}
         if suite is None:
             continue
-        timed = {r["provider"]: r["p50_s"] for r in group if "p50_s" in r}
-        roofs = {name: 2 * n * d * v / timed[name] for name in suite.roofs if name in timed}
-        best = max(roofs, key=roofs.get, default=None)
-        for r in group:
-            if "p50_s" not in r:
-                continue
-            is_roof = r["provider"] in suite.roofs
-            r["flops"] = (2 if is_roof else suite.flops[kind]) * n * d * v
-            r["bytes"] = suite.traffic("forward" if is_roof else kind, Shape(n, d, v), dtype)
-            r["ratio"] = r["p50_s"] / timed[BASELINE] if BASELINE in timed else None
-            r["roofs_flop_s"] = roofs
-            r["roof"] = best
-            r["of_roof"] = r["flops"] / roofs[best] / r["p50_s"] if best and r["flops"] else None
+        for provider, r in timed.items():
+            is_roof = provider in suite.roofs
+            work = suite.roof_work(shape, dtype) if is_roof else suite.work(kind, shape, dtype)
+            r.update(work._asdict())
+        rates = {name: timed[name][suite.bound] / timed[name]["p50_s"] for name in suite.roofs if name in timed}
+        best = max(rates, key=rates.get, default=None)
+        for r in timed.values():
+            r["ratio"] = r["p50_s"] / timed[BASELINE]["p50_s"] if BASELINE in timed else None
+            r["roof"], r["roofs"] = best, rates
+            r["of_roof"] = r[suite.bound] / rates[best] / r["p50_s"] if best else None
     return records
 
 

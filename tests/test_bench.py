@@ -16,7 +16,7 @@ from bench.suites import SUITES
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 TINY = Shape(48, 16, 700)
 CAPPED = TINY._replace(softcap=3.0)
-COMPUTED = [SUITES[name] for name in ("head", "dpo", "tail")]  # the others are the head at other shapes
+COMPUTED = [SUITES[name] for name in ("head", "dpo", "tail", "logits")]  # the others are the head at other shapes
 
 
 def _cases(shape: Shape):
@@ -24,7 +24,7 @@ def _cases(shape: Shape):
         for dtype in suite.dtypes:
             for kind in suite.flops:
                 for provider in suite.providers.values():
-                    if provider.obstacle(shape, dtype) is None and (suite.name != "tail" or shape is TINY):
+                    if provider.obstacle(shape, dtype) is None and (suite.bound == "flops" or shape is TINY):
                         case = fresh.Case(suite.name, provider.name, dtype, kind, shape)
                         yield pytest.param(case, id=str(case), marks=[pytest.mark.slow] if provider.compiles else [])
 
@@ -32,7 +32,7 @@ def _cases(shape: Shape):
 def outcome(case: fresh.Case) -> fresh.Outcome:
     suite = SUITES[case.suite]
     inputs = suite.inputs(case.shape, case.dtype)
-    truth, results = suite.truth(inputs), suite.step(case.provider, case.kind, inputs)
+    truth, results = suite.truth(inputs), fresh.run(suite, case, inputs)
     return fresh.Outcome(0.0, 0.0, 0.0, fresh.errors(suite.sample(results, inputs), truth))
 
 
@@ -52,7 +52,7 @@ def test_providers_do_not_change_their_inputs():
         before = suite.truth(inputs)
         for name, provider in suite.providers.items():
             if provider.obstacle(TINY, "fp32") is None and not provider.compiles:
-                suite.step(name, list(suite.flops)[-1], inputs)
+                fresh.run(suite, fresh.Case(suite.name, name, "fp32", list(suite.flops)[-1], TINY), inputs)
         for key, value in suite.truth(inputs).items():
             assert torch.equal(value, before[key])
 
@@ -205,7 +205,7 @@ def test_records_compare_medians_of_one_run():
     assert roof["p50_s"] == 2.0 and roof["flops"] == 2 * TINY.ndv
     assert ours["ratio"] == 5 / 8
     assert ours["of_roof"] == pytest.approx(4 / 5), "4NDV take 4 s at the rate of the matmul"
-    assert ours["roof"] == "matmul" and ours["roofs_flop_s"]["matmul"] == TINY.ndv
+    assert ours["roof"] == "matmul" and ours["roofs"]["matmul"] == TINY.ndv
     assert other["ratio"] is None and other["of_roof"] is None, "nothing of its own pass to compare it with"
     assert json.loads(json.dumps(ours)) == ours
 
