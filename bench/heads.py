@@ -151,7 +151,7 @@ class Scaling(Head):
         self.usual_providers = ("prefkern", "cross_entropy")
 
     def obstacle(self, provider: Provider, kind: str, shape: Shape, dtype: str, rate: float) -> str | None:
-        if not provider.ours and kind != "frozen":
+        if not provider.ours and kind != "frozen" and provider.name not in self.roofs:
             return "compared where the head is frozen"
         return super().obstacle(provider, kind, shape, dtype, rate)
 

@@ -31,7 +31,8 @@ TITLES = {
 LEGEND = (
     "x torch: p50 divided by plain torch's (logits in the model's dtype, softmax in fp32); of roof: time of the "
     "pass's 2, 4 or 6 NDV at the rate of the fastest matrix product of the same shape in the same rounds, divided by "
-    "p50; extra: peak memory of a fresh process beyond its inputs, results included; error: largest of all results "
+    "p50; extra: peak memory beyond the inputs, results included, "
+    "on a CPU of a fresh process, on a GPU of torch's allocator; error: largest of all results "
     "against float64, relative to the largest value; contract: whether it is within twice plain torch's error."
 )
 

@@ -1,15 +1,19 @@
 """The benchmarks compute what they say, at sizes that take no time."""
 
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
 
 from bench import __main__ as bench_main
-from bench import bench_suites, conftest, fresh, plots, record, report, shapes, trainer_step
-from bench.providers import BASELINE, BETA
+from bench import bench_suites, conftest, fresh, gpu, plots, record, report, shapes, trainer_step
+from bench.meter import Meter
+from bench.providers import BASELINE, BETA, Provider
 from bench.shapes import DTYPES, Shape
 from bench.suites import SUITES
 
@@ -336,6 +340,102 @@ def test_a_step_of_ours_and_of_trl_have_the_same_loss():
     assert (theirs["provider"], ours["provider"]) == ("trl", "prefkern")
     assert len(ours["losses"]) == 3 and abs(ours["losses"][0] - 0.6931) > 1e-3, "policy and reference differ"
     assert ours["tokens_per_s"] > 0 and ours["peak_extra_mib"] > 0
+
+
+class Broken(torch.nn.Module):
+    """A provider that fails, at once or when it is timed."""
+
+    def __init__(self, runs: int, factor: float = 1.0):
+        super().__init__()
+        self.runs, self.factor = runs, factor
+
+    def forward(self, logits, labels):
+        self.runs -= 1
+        if self.runs < 0:
+            raise RuntimeError("no more\nof it")
+        return logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0] * self.factor
+
+
+@pytest.fixture
+def meter(monkeypatch):
+    """Of the logits suite, with providers that fail or are wrong."""
+    suite = SUITES["logits"]
+    own = {"fails": Broken(0), "fails_later": Broken(3), "lies": Broken(99, 1.5)}
+    named = {name: Provider(name, run) for name, run in own.items()}
+    monkeypatch.setattr(suite, "providers", {**suite.providers, **named})
+    monkeypatch.setattr(suite, "copied_bytes", 4096)
+    return Meter(suite, rounds=3)
+
+
+def test_a_peer_that_fails_or_is_wrong_stops_nobody_else(meter):
+    names = ["torch", "fails", "fails_later", "lies", "prefkern"]
+    found = {r["provider"]: r for r in meter.group(Shape(8, 1, 300), "forward", names)}
+    assert found["fails"]["left_out"] == found["fails_later"]["left_out"] == "failed: RuntimeError: no more"
+    assert found["lies"]["left_out"].startswith("wrong: logps is off by 5.00e-01")
+    assert not {"p50_s"} & (found["fails_later"].keys() | found["lies"].keys())
+    for name in ("torch", "prefkern"):
+        assert found[name]["rounds"] == 3 and found[name]["contract"] == "met"
+        assert found[name]["of_roof"] == pytest.approx(
+            found[name]["bytes"] / found[name]["p50_s"] / (2 * 4096 / found["copy"]["p50_s"])
+        )
+    assert found["prefkern"]["bytes"] == 8 * 300 * (4 if meter.dtype == "fp32" else 2) + 16 * 8
+
+
+def test_meter_leaves_out_what_does_not_fit(meter, monkeypatch):
+    monkeypatch.setattr(shapes, "free_bytes", lambda: 1 << 20)
+    records = meter.group(Shape(1 << 20, 1, 1 << 20), "forward", ["torch"])
+    assert all(r["left_out"].startswith("needs about") for r in records)
+
+
+def test_no_time_means_cut_and_said(tmp_path, capsys):
+    out, block = tmp_path / "out.jsonl", gpu.Block("logits", ("forward", "backward"), large=((8, 1, 300),))
+    assert gpu.run_block(block, deadline=0.0, out=out, dry_run=False) == 0
+    assert [r["left_out"] for r in record.lines(out)] == ["cut: out of time"] * 2
+    assert "cut: D1-V300-N8 backward" in capsys.readouterr().out
+
+
+def test_blocks_start_with_what_matters_most():
+    first = [(shape.n, shape.d, shape.v, kind) for shape, kind in gpu.groups(gpu.BLOCKS[0], dry_run=False)]
+    assert first[:2] == [(8192, 4096, 128_256, "frozen"), (8192, 4096, 128_256, "trained")]
+    for block in gpu.BLOCKS:
+        suite = SUITES[block.suite]
+        assert set(block.passes) <= set(suite.flops)
+        assert set(gpu.names(block, suite)) <= set(suite.providers)
+        assert list(gpu.groups(block, dry_run=True)) and list(gpu.groups(block, dry_run=False))
+    sizes = {(shape.n, shape.v) for shape, _ in gpu.groups(gpu.BLOCKS[1], dry_run=False)}
+    assert {(64, 32_768), (8192, 32_768), (64, 262_144), (8192, 262_144)} <= sizes
+
+
+def test_tests_for_a_gpu_need_no_package_that_is_missing(monkeypatch):
+    everywhere = [path.stem for path in gpu.kernel_tests()]
+    assert everywhere[: len(gpu.FIRST)] == list(gpu.FIRST)
+    assert "test_packaging" not in everywhere
+    find = importlib.util.find_spec
+    absent = {"datasets", "trl", "peft", "yaml", "tokenizers"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a))
+    assert gpu.missing_imports(gpu.TESTS / "test_trl.py") >= {"datasets", "trl", "yaml"}
+    selected = [path.stem for path in gpu.kernel_tests()]
+    assert set(selected) >= set(gpu.FIRST) and "test_trl" not in selected
+
+
+@pytest.mark.slow
+def test_the_gpu_command_runs_dry(tmp_path):
+    """Every block at toy sizes; where there is no GPU, kernels in the interpreter."""
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--minutes", "15", "--out", str(out)]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = {(r["suite"], r["pass"], r["provider"]): r for r in record.read([out])}
+    ours = [r for r in found.values() if r["ours"] and "left_out" not in r]
+    assert {r["suite"] for r in ours} == {block.suite for block in gpu.BLOCKS}
+    assert all(r["contract"] == "met" and r["p50_s"] > 0 for r in ours)
+    for case in (
+        ("dpo", "trained", "prefkern_cut"),
+        ("head", "forward", "prefkern_cut"),
+        ("logits", "backward", "prefkern"),
+    ):
+        assert "p50_s" in found[case], case
+    assert "cut" not in done.stdout.splitlines()[-1]
 
 
 def test_dtypes_of_the_suites_are_known():
