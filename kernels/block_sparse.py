@@ -114,12 +114,9 @@ def specializations(dtype: torch.dtype, config: HeadConfig) -> list[Specializati
     found = []
     for name, of_columns in (("rows", False), ("columns", True)):
         options = _options(config, 4096, of_columns)
-        warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        signature = types | {"out_ptr": x if of_columns else "*fp32"}
-        found.append(
-            Specialization(
-                f"sparse_product {name}", sparse_product_kernel, signature, {"stride_od": 1} | options, warps, stages,
-                divisible=("width", "stride_ok", "D"), tensor_cores=dtype != torch.float32, config=config,
-            )
-        )  # fmt: skip
+        launch = dict(num_warps=options.pop("num_warps"), num_stages=options.pop("num_stages"), config=config)
+        launch |= dict(divisible=("width", "stride_ok", "D"), tensor_cores=dtype != torch.float32)
+        signature, fixed = types | {"out_ptr": x if of_columns else "*fp32"}, {"stride_od": 1} | options
+        name = f"lm_head_sparse_product {name}"
+        found.append(Specialization(name, sparse_product_kernel, signature, fixed, **launch))
     return found

@@ -37,6 +37,7 @@ from .tuning import (
     arch_of,
     can_bulk_copy,
     choose,
+    combine_block,
     head_config,
     on_its_device,
     require_dot_dtype,
@@ -251,7 +252,7 @@ def lm_head_forward(
             *inputs.pointers(config), *parts, *inputs.strides, N, D, V, inputs.rank, per_program, splits,
             **transform_args(head), **_options(config, D, inputs.rank),
         )  # fmt: skip
-        block_s, block_n = _COMBINE_BLOCK
+        block_s, block_n = combine_block(arch)
         lm_head_combine_kernel[(triton.cdiv(N, block_n),)](
             *parts, inputs.labels_N, *stats[:5], N, V, splits, head.ignore_index,
             BLOCK_S=block_s, BLOCK_N=block_n, num_warps=4,
@@ -423,10 +424,6 @@ class _Inputs(NamedTuple):
         return choose((name, arch, self.hidden_ND.dtype, triton.next_power_of_2(N), D, V), config, launch)
 
 
-# Parts of the vocabulary, and rows, that one program of the combine kernel holds.
-_COMBINE_BLOCK = 32, 32
-
-
 def _options(config: HeadConfig, D: int, rank: int) -> dict[str, int | bool]:
     block_r = min(32, triton.next_power_of_2(max(16, rank)))
     return dict(
@@ -437,18 +434,18 @@ def _options(config: HeadConfig, D: int, rank: int) -> dict[str, int | bool]:
 
 
 def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
-    """What to compile ahead of time: both kernels with no option, with LoRA and with every option; the others.
+    """What to compile ahead of time: each kernel with no option, with LoRA and with every option.
 
-    Where the copy engine is used by default, also without it; and the tile that few rows take.
+    With few rows, and without the copy engine, where that makes a difference.
     """
-    found = []
+    found = {}
     for (name, kernel), (variant, n, full, rank, copies) in itertools.product(_KERNELS, _VARIANTS):
         config = head_config(n, dtype, arch, bare=not full, bulk_copies=copies)
-        if copies or config != head_config(n, dtype, arch, bare=not full, bulk_copies=True):
-            sizes = {"D": 4112 if full else 4096, "R": rank} | ({} if n == _MANY else {"N": n})
-            found.append(_specialization(f"{name} {variant}", kernel, config, dtype, full, sizes))
+        sizes = {"D": 4112 if full else 4096, "R": rank} | ({} if n == _MANY else {"N": n})
+        spec = _specialization(f"{name} {variant}", kernel, config, dtype, full, sizes)
+        found.setdefault((kernel, config, full, rank), spec)
     bare, other = (head_config(_MANY, dtype, arch, bare=bare, bulk_copies=True) for bare in (True, False))
-    return [*found, *block_sparse.specializations(dtype, other), _combine_specialization(bare)]
+    return [*found.values(), *block_sparse.specializations(dtype, other), _combine_specialization(arch, bare)]
 
 
 _KERNELS = (("lm_head_forward", lm_head_forward_kernel), ("lm_head_dlogits", lm_head_dlogits_kernel))
@@ -494,11 +491,11 @@ def _specialization(
     )  # fmt: skip
 
 
-def _combine_specialization(config: HeadConfig) -> Specialization:
+def _combine_specialization(arch: Arch, config: HeadConfig) -> Specialization:
     pointers = ("max", "sum", "label", "dot", "total", "logp", "lse", "entropy", "mean")
     signature = {f"{name}_ptr": "*fp32" for name in pointers} | {"labels_ptr": "*i64", "top1_ptr": "*i1"}
     signature |= {name: "i32" for name in ("N", "V", "splits", "ignore_index")}
-    block_s, block_n = _COMBINE_BLOCK
+    block_s, block_n = combine_block(arch)
     fixed = {"BLOCK_S": block_s, "BLOCK_N": block_n}
     return Specialization(
         "lm_head_combine", lm_head_combine_kernel, signature, fixed, num_warps=4, num_stages=1, config=config

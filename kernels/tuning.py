@@ -174,44 +174,61 @@ def head_config(N: int, dtype: torch.dtype, arch: Arch, *, bare: bool, bulk_copi
     if dtype == torch.float32:  # IEEE products: no tensor cores, so small tiles that leave registers for the operands
         return HeadConfig(64, 128, 16, num_warps=8, num_stages=2)
     if arch.name.startswith("gfx"):
+        if bare and N <= _FEW_ROWS:
+            return HeadConfig(64, 128, 64, num_warps=4, num_stages=2, per_sm=2)
         if bare:
             return HeadConfig(128, 256, 32, num_warps=8, num_stages=2)
         return HeadConfig(128, 128, 64, num_warps=8, num_stages=2)
     if arch.shared_memory < ARCHS["sm_80"].shared_memory:  # consumer boards
         return HeadConfig(128, 128, 32, num_warps=8, num_stages=2)
     tma = bulk_copies and arch.name.startswith(("sm_9", "sm_10"))
-    if bare and N <= 64 and not arch.name.startswith("sm_10"):  # bound by reading the weight: more loads in flight
+    if bare and N <= _FEW_ROWS and not arch.name.startswith("sm_10"):
         return HeadConfig(64, 128, 64, num_warps=4, num_stages=4, per_sm=2, tma=tma)
     if bare and tma and arch.name.startswith("sm_9"):
         return HeadConfig(128, 256, 64, num_warps=8, num_stages=4, tma=tma)
     return HeadConfig(128, 128, 64, num_warps=8, num_stages=4 if tma else 3, tma=tma)
 
 
+# Up to here the head is bound by reading the weight: a tile of half the height, for more programs and loads in flight.
+_FEW_ROWS = 64
+
+
 # The cost of a tile in units of one step over block_d, as a model: what follows its product, and a program's start.
 _TILE_STEPS, _PROGRAM_STEPS = 4, 8
-# The parts of the row sums may take this; 20 bytes a row and part.
+# The parts of the row sums may take this, 20 bytes a row and part, or what the L2 cache asks for.
 _PARTS_BYTES = 8 << 20
 
 
 def tiles_per_program(N: int, D: int, V: int, config: HeadConfig, arch: Arch) -> int:
     """Vocabulary tiles that one program of the forward folds: few enough that few rows fill the chip, and evenly.
 
-    With w waves of programs there may be w * num_sms * per_sm / row_blocks parts. Of w = 1, 2, ... the cheapest is
-    taken, the first of equals: a last wave that is nearly empty costs as much as a full one.
+    The programs that run at once shall be of group_n row blocks at most, whose hidden states the L2 cache holds, so
+    the vocabulary is cut into parts for the others. Of 1, 2, ... waves of programs, with as many parts as they have
+    room for, the cheapest is taken, the first of equals: a last wave that is nearly empty costs as much as a full one.
     """
-    tiles, row_blocks = triton.cdiv(V, config.block_v), triton.cdiv(N, config.block_n)
-    slots = 1 if arch.name == "interpreter" else arch.num_sms * config.per_sm
-    steps = triton.cdiv(D, config.block_d) + _TILE_STEPS
-    most = max(1, _PARTS_BYTES // (20 * N))
-    least_waves = triton.cdiv(row_blocks, slots)
+    tiles, row_blocks = _ceil(V, config.block_v), _ceil(N, config.block_n)
+    if arch.name == "interpreter":
+        return min(2, tiles)
+    slots = arch.num_sms * config.per_sm
+    steps = _ceil(D, config.block_d) + _TILE_STEPS
+    least = min(tiles, max(1, slots // min(row_blocks, config.group_n)))
+    most = min(tiles, max(least, _PARTS_BYTES // (20 * N)))
+    first = _ceil(row_blocks * least, slots)
+    best = None
+    for waves in range(first, first + 16):
+        each = _ceil(tiles, max(least, min(most, waves * slots // row_blocks)))
+        cost = _ceil(row_blocks * _ceil(tiles, each), slots) * (each * steps + _PROGRAM_STEPS)
+        best = min(best or (cost, -each), (cost, -each))
+    return -best[1]
 
-    def plan(waves: int) -> tuple[int, int]:
-        parts = max(1, min(waves * slots // row_blocks, most, tiles))
-        each = triton.cdiv(tiles, parts)
-        ran = triton.cdiv(row_blocks * triton.cdiv(tiles, each), slots)
-        return ran * (each * steps + _PROGRAM_STEPS), each
 
-    return min((plan(w) for w in range(least_waves, least_waves + 32)), key=lambda found: found[0])[1]
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def combine_block(arch: Arch) -> tuple[int, int]:
+    """Parts of the vocabulary, and rows, that one program holds while it adds the parts up."""
+    return (32, 1024) if arch.name == "interpreter" else (32, 32)
 
 
 def slice_width(N: int, V: int, config: HeadConfig, itemsize: int, workspace_bytes: int) -> int:
@@ -228,6 +245,7 @@ def neighbours(config: Config) -> list[Config]:
         if hasattr(config, name):
             found += [replace(config, **{name: v}) for v in (getattr(config, name) // 2, getattr(config, name) * 2)]
     found += [replace(config, num_stages=config.num_stages + step) for step in (-1, 1) if config.num_stages + step > 0]
+    found += [replace(config, tma=False)] if getattr(config, "tma", False) else []
     found = [c for c in found if 1 <= c.num_warps <= 16 and c.block_v >= 16 and getattr(c, "block_d", 16) >= 16]
     return [replace(c, edge_v=min(c.edge_v, c.block_v)) if isinstance(c, RowConfig) else c for c in found]
 

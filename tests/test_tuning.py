@@ -1,6 +1,7 @@
 """Launch configurations: the search behind PREFKERN_AUTOTUNE=1, and the cut of the vocabulary."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,19 @@ pytest.importorskip("triton")
 import triton
 
 from prefkern.kernels import fused_logits, lm_head, row_softmax, tail, tuning
-from prefkern.kernels.tuning import ARCHS, HeadConfig, RowConfig, choose, head_config, row_config, vocab_splits
+from prefkern.kernels.tuning import (
+    ARCHS,
+    HeadConfig,
+    RowConfig,
+    can_bulk_copy,
+    choose,
+    head_config,
+    row_config,
+    slice_width,
+    tiles_per_program,
+)
+
+ARCH = pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
 
 
 def test_the_search_takes_the_fastest_neighbour_once(monkeypatch):
@@ -31,12 +44,13 @@ def test_the_search_takes_the_fastest_neighbour_once(monkeypatch):
 
 
 def test_the_search_starts_from_each_configuration_by_itself(monkeypatch):
-    """What suits a bare forward pass spills where the same shape wants more."""
+    """What suits a bare pass spills where the same shape wants more."""
     monkeypatch.setattr(tuning, "_milliseconds", lambda config, launch: config.num_stages)
     monkeypatch.setattr(tuning, "_best", {})
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setenv("PREFKERN_AUTOTUNE", "1")
-    wide, narrow = (head_config(torch.bfloat16, ARCHS["sm_90"], bare=bare) for bare in (True, False))
+    options = dict(N=8192, dtype=torch.bfloat16, arch=ARCHS["sm_90"], bulk_copies=True)
+    wide, narrow = (head_config(bare=bare, **options) for bare in (True, False))
     found = [choose(("lm_head_forward", 1), config, print) for config in (wide, narrow)]
     assert [c.block_v for c in found] == [wide.block_v, narrow.block_v]
 
@@ -63,14 +77,86 @@ def test_neighbours_can_be_launched(config):
     assert all(c.num_stages >= 1 and 1 <= c.num_warps <= 16 and c.block_v >= 16 for c in found)
 
 
-@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
-@pytest.mark.parametrize("N", [1, 1024, 8192, 1 << 20])
-def test_the_vocabulary_is_cut_until_the_chip_is_full(N, arch):
-    config = head_config(torch.bfloat16, arch, bare=True)
-    splits = vocab_splits(N, 128_256, config, arch)
-    tiles = triton.cdiv(128_256, config.block_v)
-    assert 1 <= splits <= tiles
-    assert splits == tiles or splits * triton.cdiv(N, config.block_n) >= arch.num_sms
+def test_the_search_also_tries_to_do_without_the_copy_engine():
+    found = tuning.neighbours(HeadConfig(128, 256, 64, num_warps=8, num_stages=4, tma=True))
+    assert [replace(c, tma=True) == found[0] for c in found if not c.tma] == [True]
+
+
+def bare_config(N, arch):
+    return head_config(N, torch.bfloat16, arch, bare=True, bulk_copies=True)
+
+
+def parts(N, D, V, arch):
+    """Row blocks, tiles of the vocabulary, tiles that a program folds, parts of the vocabulary."""
+    config = bare_config(N, arch)
+    each = tiles_per_program(N, D, V, config, arch)
+    tiles = triton.cdiv(V, config.block_v)
+    assert 1 <= each <= tiles
+    return triton.cdiv(N, config.block_n), tiles, each, triton.cdiv(tiles, each)
+
+
+@ARCH
+@pytest.mark.parametrize("D, V", [(1024, 151_936), (4096, 128_256), (2304, 256_000), (2880, 201_088)])
+@pytest.mark.parametrize("N", [1, 64, 65, 1000, 1024, 2000, 4096, 8192, 8200, 32_768, 1 << 20])
+def test_programs_fill_the_chip_a_whole_number_of_times(N, D, V, arch):
+    """Of the time that its programs take in waves, a chip works at least 9 tenths; 8 where the rows are few."""
+    row_blocks, tiles, each, splits = parts(N, D, V, arch)
+    slots = arch.num_sms * bare_config(N, arch).per_sm
+    waves = triton.cdiv(row_blocks * splits, slots)
+    assert row_blocks * tiles / (waves * each * slots) >= (0.94 if N >= 1000 else 0.8)
+
+
+@ARCH
+@pytest.mark.parametrize("N", [1000, 8200, 32_768, 1 << 20])
+def test_the_hidden_states_of_the_programs_that_run_at_once_fit_the_cache(N, arch):
+    row_blocks, _, _, splits = parts(N, 4096, 128_256, arch)
+    config = bare_config(N, arch)
+    slots = arch.num_sms * config.per_sm
+    assert min(row_blocks, triton.cdiv(slots, splits)) <= 1.25 * config.group_n
+    assert splits * N * 20 <= max(8 << 20, 20 * N * slots)  # and the parts stay small
+
+
+@ARCH
+@pytest.mark.parametrize("V", [1, 17, 32_000])
+def test_a_small_vocabulary_is_one_tile_a_program_at_most(V, arch):
+    row_blocks, tiles, each, splits = parts(64, 4096, V, arch)
+    assert row_blocks == 1 and splits * each >= tiles > (splits - 1) * each
+    assert each == 1 or tiles > arch.num_sms
+
+
+def test_few_rows_take_a_low_tile_and_small_programs():
+    for name, arch in ARCHS.items():
+        few, many = bare_config(64, arch), bare_config(65, arch)
+        assert (few.block_n, many.block_n) == ((128, 128) if name == "sm_100" else (64, 128))
+        assert bare_config(1, arch) == few and bare_config(1 << 20, arch) == many
+
+
+@ARCH
+def test_the_copy_engine_is_used_where_there_is_one(arch):
+    for dtype, bare in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, True)):
+        with_copies, without = (head_config(512, dtype, arch, bare=bare, bulk_copies=b) for b in (True, False))
+        assert with_copies.tma == (arch.name in ("sm_90", "sm_100") and dtype != torch.float32)
+        assert not without.tma
+
+
+def test_what_the_copy_engine_takes():
+    matrix = torch.zeros(6, 16, dtype=torch.bfloat16)
+    assert can_bulk_copy(matrix) and can_bulk_copy(matrix[1:]) and can_bulk_copy(matrix[:, :3])
+    for other in (
+        matrix.t(), matrix[:, ::2], matrix[:, 1:], matrix[:1].expand(6, 16), matrix[:0], matrix[:, :0],
+        torch.zeros(6, 15, dtype=torch.bfloat16), torch.zeros(6, 16).t(),
+    ):  # fmt: skip
+        assert not can_bulk_copy(other)
+
+
+@pytest.mark.parametrize("workspace_bytes", [0, 1 << 20, 512 << 20])
+def test_slices_are_whole_tiles_evenly_shared(workspace_bytes):
+    config = bare_config(1000, ARCHS["sm_90"])
+    width = slice_width(1000, 151_936, config, 2, workspace_bytes)
+    slices = triton.cdiv(151_936, width)
+    assert width % config.block_v == 0 and (slices - 1) * width < 151_936
+    assert 1000 * width * 2 <= max(workspace_bytes, 1000 * config.block_v * 2)
+    assert 151_936 - (slices - 1) * width > width - slices * config.block_v
 
 
 @pytest.mark.parametrize("V", [2, 507, 1031, 128_256])
