@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import record
-from bench.fresh import Case, Outcome, checked, measure, verdict, warm_up
+from bench.fresh import Case, Outcome, measure, verdict, warm_up
 from bench.providers import BASELINE
 from bench.shapes import DTYPES, Shape, matmul_rate, synchronize
 from bench.suites import SUITES
@@ -90,13 +90,14 @@ def measured(truths, pytestconfig):
 
     @functools.cache
     def outcome(case: Case) -> tuple[Outcome, str] | str:
-        truth = truths(case.suite, case.dtype, checked(case.shape))
+        small = SUITES[case.suite].checked(case.shape)
+        truth = truths(case.suite, case.dtype, small)
         try:
             own = measure(case, truth)
         except RuntimeError as error:
             leave_out(pytestconfig.option, [(case, str(error))])
             return str(error)
-        baseline = replace(case, provider=BASELINE, shape=checked(case.shape))
+        baseline = replace(case, provider=BASELINE, shape=small)
         of_baseline = (own, "") if case == baseline else outcome(baseline)
         if isinstance(of_baseline, str):
             return f"nothing to compare it with: {of_baseline}"

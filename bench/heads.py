@@ -144,7 +144,8 @@ class Scaling(Head):
 
     name = "scaling"
     usual_dtypes = ("bf16",)
-    usual_passes = ()
+    usual_passes = ("forward", "frozen")
+    checked_rows = 256
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,6 +168,7 @@ class Models(Head):
 
     name = "models"
     usual_dtypes = ("bf16",)
+    checked_rows = 256
     usual_passes = ("frozen", "trained")
 
     def __init__(self) -> None:

@@ -115,7 +115,7 @@ class Meter:
 
     def _checked(self, case: fresh.Case, inputs: Any) -> tuple[Any, Results]:
         """The inputs whose results are compared with float64, and what they should be; made once a shape."""
-        shape = fresh.checked(case.shape)
+        shape = self.suite.checked(case.shape)
         if self._truth[0] != (shape, case.shape.n):
             self._truth, self._errors = (None, None), {}
             small = inputs if shape.n == case.shape.n else self.suite.inputs(shape, self.dtype)

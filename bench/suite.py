@@ -32,6 +32,8 @@ class Suite:
     flops: dict[str, int]  # of each pass, in multiples of NDV: what is recomputed to save memory is not counted
     bound = "flops"  # which part of the work the roofs bound, "flops" or "bytes"
     iterations = 1
+    # Rows that are compared with float64: those of the shape itself up to here, else of the same head with this many.
+    checked_rows = 1024
     dtypes = tuple(DTYPES)
     # What runs unless more is asked for.
     usual_dtypes = tuple(DTYPES)
@@ -51,6 +53,10 @@ class Suite:
     def rounds(self, dtype: str) -> int:
         """fp32 is slow on a CPU."""
         return 10 if DEVICE.type == "cuda" else {"bf16": 5, "fp32": 3}[dtype]
+
+    def checked(self, shape: Shape) -> Shape:
+        """The shape whose results are compared with float64."""
+        return shape._replace(n=min(shape.n, self.checked_rows), model="")
 
     def shapes(self, given: Sequence[Shape], models: Sequence[str], tokens: Sequence[int]) -> Sequence[Shape]:
         """What the suite runs at, of the shapes, models and numbers of tokens that were asked for."""

@@ -131,10 +131,10 @@ def test_memory_of_a_fresh_process_holds_the_logits_of_plain_torch(tmp_path):
 
 
 def test_more_rows_than_are_checked_are_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(fresh, "CHECKED_ROWS", 32)
     case = fresh.Case("head", "prefkern", "fp32", "frozen", TINY)
     suite = SUITES["head"]
-    inputs = suite.inputs(fresh.checked(case.shape), case.dtype)
+    monkeypatch.setattr(suite, "checked_rows", 32)
+    inputs = suite.inputs(suite.checked(case.shape), case.dtype)
     assert len(inputs.labels_N) == 32
     torch.save(suite.truth(inputs), tmp_path / "truth.pt")
     found = fresh.main(case, tmp_path / "truth.pt")
