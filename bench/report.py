@@ -28,6 +28,7 @@ TITLES = {
     "logits": "From logits to log-probabilities, and back",
     "trainer": "A whole training step",
 }
+SIZES = {"tail": "N {0}", "logits": "N {0}, V {2}", "trainer": "{0} pairs a step, D {1}, V {2}"}
 LEGEND = (
     "x torch: p50 divided by plain torch's (logits in the model's dtype, softmax in fp32); of roof: time of the "
     "pass's 2, 4 or 6 NDV at the rate of the fastest matrix product of the same shape in the same rounds, divided by "
@@ -57,8 +58,9 @@ def _tables(records: Sequence[Record]) -> Iterable[tuple[str, list[tuple[str, ..
     for (device, threads, suite, *own), group in groups.items():
         timed = [r for r in group if "p50_s" in r]
         left = sorted({f"{r['provider']} ({r['left_out']})" for r in group if "left_out" in r})
-        shape = f"{own[0]} N {own[1]}, D {own[2]}, V {own[3]}".strip() if own else "N, D, V beside the suite"
-        title = f"{TITLES.get(suite, suite)}: {shape}; {device}, {threads} threads; {_versions(group[0])}"
+        size = SIZES.get(suite, "N {0}, D {1}, V {2}").format(*own[1:]) if own else "D 1024"
+        model = f"{own[0]}, " if own and own[0] else ""
+        title = f"{TITLES[suite]}: {model}{size}; {device}, {threads} threads; {_versions(group[0])}"
         if left:
             title += f"\nleft out: {'; '.join(left)}"
         if timed:
