@@ -15,7 +15,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 from prefkern import losses, policy_gradient  # noqa: E402 - the path above must be set first
 from prefkern.critical_tokens import critical_token_scores  # noqa: E402
 from prefkern.granularity import Adaptive, Boundaries, Static  # noqa: E402
-from prefkern.head import Head  # noqa: E402
+from prefkern.head import Head, LoRA  # noqa: E402
 from prefkern.layout import Layout  # noqa: E402
 from prefkern.packing import Packed, pack  # noqa: E402
 from prefkern.planner import explain  # noqa: E402
@@ -29,7 +29,7 @@ from prefkern.token_kl import token_kl  # noqa: E402
 from prefkern.token_logps import TokenLogpsOutput, logits_token_logps, token_logps  # noqa: E402
 
 __all__ = [
-    "Adaptive", "Boundaries", "Head", "Layout", "Packed", "PreferenceOutput", "Static", "TokenLogpsOutput",
+    "Adaptive", "Boundaries", "Head", "Layout", "LoRA", "Packed", "PreferenceOutput", "Static", "TokenLogpsOutput",
     "critical_token_scores", "explain", "linear_preference_loss", "logits_preference_loss", "logits_token_logps",
     "losses", "pack", "policy_gradient", "preference_loss", "token_kl", "token_logps",
 ]  # fmt: skip

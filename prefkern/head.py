@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -37,6 +38,41 @@ class Head:
             raise ValueError(f"temperature={self.temperature!r} must be positive and finite")
         if not -inf < self.logit_scale < inf:
             raise ValueError(f"logit_scale={self.logit_scale!r} must be finite")
+
+
+class LoRA(NamedTuple):
+    """A low-rank adapter on the head: z0 = hidden @ weight.T + scale * (hidden @ a.T) @ b.T + bias.
+
+    Fields:
+        a: (r, D), b: (V, r), any floating dtype: both enter the products in hidden's. Gradients flow to both.
+        scale: of the adapter's share (lora_alpha / r, or lora_alpha / sqrt(r) of rank-stabilised ones).
+        hidden: what a sees in place of the head's hidden states, of their shape: those after the adapter's dropout.
+            None: the same.
+    Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+    hidden: Tensor | None = None
+
+    def factors(self, hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, r) and (V, r) in hidden's dtype, whose product is the adapter's share of the logits.
+
+        Raises:
+            ValueError: shapes or devices do not go with the head's.
+        """
+        (vocab, dim), rank = weight_VD.shape, self.a.shape[0]
+        x = hidden_ND if self.hidden is None else self.hidden.reshape(-1, self.hidden.shape[-1])
+        if self.a.shape != (rank, dim) or self.b.shape != (vocab, rank) or x.shape != hidden_ND.shape or rank == 0:
+            raise ValueError(
+                f"lora: a {tuple(self.a.shape)} must be (r, {dim}), b {tuple(self.b.shape)} ({vocab}, r) with r > 0,"
+                f" and its hidden {tuple(x.shape)} as the head's {tuple(hidden_ND.shape)}"
+            )
+        if {self.a.device, self.b.device, x.device} != {weight_VD.device}:
+            raise ValueError(f"lora is on {self.a.device} and {self.b.device}, but the head on {weight_VD.device}")
+        low_NR = F.linear(x.to(self.a.dtype), self.a) * self.scale
+        return low_NR.to(hidden_ND.dtype), self.b.to(hidden_ND.dtype)
 
 
 class RowStats(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,20 +36,33 @@ class Row:
 
 NO_GRAD = Row(
     "no_grad", "chunked", "no gradient is needed",
-    "logits of a chunk of rows, reduced and overwritten by the next",
+    "a block of logits at a time, reduced and overwritten by the next",
     2, 0, "workspace",
 )  # fmt: skip
 FROZEN = Row(
     "frozen_head", "chunked", "only hidden needs a gradient",
-    "forward keeps u_n = weight[y_n] - p_n @ weight from the same chunk of logits; backward is dhidden_n = g_n u_n",
+    "forward keeps u_n = weight[y_n] - p_n @ weight from the same block of logits; backward is dhidden_n = g_n u_n",
     4, 0, "N*D + workspace",
 )  # fmt: skip
-# The place of the 6NDV row, trained head with a loss local to a group that fits the workspace, is here: it needs g
-# while the chunk's logits are there, so it belongs to linear_preference_loss and not to token_logps.
+GROUP_LOCAL = Row(
+    "group_local", "chunked", "weight needs a gradient, the loss is a sum over groups that fit the workspace",
+    "whole groups a chunk: logits, log-probabilities, loss, g and both products while the logits are there",
+    6, 0, "N*D + V*D in fp32 + workspace",
+)  # fmt: skip
+GROUP_LOCAL_ADAPTER = Row(
+    "group_local_adapter", "chunked", "as group_local, but of the head only bias or adapter need a gradient",
+    "as group_local, without the product for dweight",
+    4, 0, "N*D + workspace",
+)  # fmt: skip
 RECOMPUTE = Row(
-    "recompute", "chunked", "the head (weight or bias) needs a gradient",
+    "recompute", "chunked", "weight needs a gradient",
     "backward walks the vocabulary in slices: logits again, gradient in place, a product each for dhidden and dweight",
     2, 6, "N*D in fp32 + V*D for dweight + workspace",
+)  # fmt: skip
+RECOMPUTE_ADAPTER = Row(
+    "recompute_adapter", "chunked", "of the head only bias or adapter need a gradient",
+    "as recompute, without the product for dweight",
+    2, 4, "N*D in fp32 + workspace",
 )  # fmt: skip
 CUT_NO_GRAD = Row(
     "cut_no_grad", "cut", "impl='cut', no gradient is needed",
@@ -57,12 +70,12 @@ CUT_NO_GRAD = Row(
     2, 0, "a few floats a row",
 )  # fmt: skip
 CUT_FROZEN = Row(
-    "cut_frozen_head", "cut", "impl='cut', only hidden needs a gradient",
+    "cut_frozen_head", "cut", "impl='cut', weight needs no gradient",
     "as above; backward recomputes tiles and stores only their gradient, a slice of the vocabulary at a time",
     2, 4, "N*D in fp32 + workspace",
 )  # fmt: skip
 CUT_TRAINED = Row(
-    "cut_trained_head", "cut", "impl='cut', the head needs a gradient",
+    "cut_trained_head", "cut", "impl='cut', weight needs a gradient",
     "as above, with one more product for dweight",
     2, 6, "N*D in fp32 + V*D for dweight + workspace",
 )  # fmt: skip
@@ -72,23 +85,32 @@ EAGER_NO_GRAD = Row(
     2, 0, "several N*V",
 )  # fmt: skip
 EAGER_FROZEN = Row(
-    "eager_frozen_head", "eager", "impl='eager', only hidden needs a gradient",
+    "eager_frozen_head", "eager", "impl='eager', weight needs no gradient",
     "the same under autograd; the one body with second derivatives",
     2, 2, "several N*V",
 )  # fmt: skip
 EAGER_TRAINED = Row(
-    "eager_trained_head", "eager", "impl='eager', the head needs a gradient",
+    "eager_trained_head", "eager", "impl='eager', weight needs a gradient",
     "the same under autograd",
     2, 4, "several N*V + V*D for dweight",
 )  # fmt: skip
 
-# One line a body; columns: no gradient, frozen head, trained head.
-BODIES: dict[str, tuple[Row, Row, Row]] = {
-    "chunked": (NO_GRAD, FROZEN, RECOMPUTE),
-    "cut": (CUT_NO_GRAD, CUT_FROZEN, CUT_TRAINED),
-    "eager": (EAGER_NO_GRAD, EAGER_FROZEN, EAGER_TRAINED),
+# One line a body; columns: no gradient, only rows (hidden), rows and adapter or bias, weight.
+BODIES: dict[str, tuple[Row, Row, Row, Row]] = {
+    "chunked": (NO_GRAD, FROZEN, RECOMPUTE_ADAPTER, RECOMPUTE),
+    "cut": (CUT_NO_GRAD, CUT_FROZEN, CUT_FROZEN, CUT_TRAINED),
+    "eager": (EAGER_NO_GRAD, EAGER_FROZEN, EAGER_FROZEN, EAGER_TRAINED),
 }
-TABLE: tuple[Row, ...] = tuple(row for rows in BODIES.values() for row in rows)
+# What the chunked body does where the loss is known to be local to groups that fit.
+LOCAL = {RECOMPUTE: GROUP_LOCAL, RECOMPUTE_ADAPTER: GROUP_LOCAL_ADAPTER}
+TABLE: tuple[Row, ...] = tuple(dict.fromkeys(row for rows in (*BODIES.values(), LOCAL.values()) for row in rows))
+
+# Rows of a chunk from which on adding its share to an fp32 dweight (12 to 16 bytes of traffic for each of V*D sums)
+# costs less than its logits a second time (2 FLOPs a row for each): a processor's FLOPs per byte, times six.
+_LOCAL_ROWS = {"cpu": 256}
+_LOCAL_ROWS_ON_DEVICE = 1024
+# Rows of a CPU's tile. More of them widen the fp32 sums of forward beyond the cache, fewer narrow the products.
+_TILE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -100,12 +122,36 @@ class Plan:
     workspace_bytes: int
     itemsize: int
     reason: str
+    grad_hidden: bool = True
+    rank: int = 0  # of the adapter on the head
+    grad_low: tuple[bool, bool] = (False, False)  # of its two sides: rows (N, rank), vocabulary (V, rank)
+    device_type: str = "cpu"
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of forward and backward."""
+        """Floating-point operations of forward and backward, an adapter's included."""
         n, d, v = self.shape
-        return self.row.flops * n * d * v
+        passes = self.row.flops - 2 * (self._has_backward and not self.grad_hidden)
+        low = self.logits_passes + sum(self.grad_low)
+        return (passes * d + 2 * low * self.rank) * n * v
+
+    @property
+    def logits_passes(self) -> int:
+        """How often every logit is computed."""
+        return 2 if self.row in (RECOMPUTE, RECOMPUTE_ADAPTER, CUT_FROZEN, CUT_TRAINED) else 1
+
+    @property
+    def _has_backward(self) -> bool:
+        return self.row not in (NO_GRAD, CUT_NO_GRAD, EAGER_NO_GRAD)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that have to move: every operand and result once for each product it takes part in."""
+        n, d, v = self.shape
+        products = self.row.flops // 2
+        return self.itemsize * products * (n * d + v * d) + 2 * self.itemsize * self.logits_passes * n * v * (
+            self.row.body != "cut"
+        )
 
     @property
     def rows_per_chunk(self) -> int:
@@ -116,6 +162,21 @@ class Plan:
     def vocab_per_slice(self) -> int:
         """Vocabulary entries whose logits, for all N rows, fit the workspace; at least one."""
         return _fit(self.workspace_bytes, self.shape[0] * self.itemsize, self.shape[2])
+
+    @property
+    def slab(self) -> tuple[int, int]:
+        """Rows and vocabulary entries of a tile of the walk over the vocabulary: all rows, but on a CPU."""
+        n, _, v = self.shape
+        rows = n if self.device_type != "cpu" else max(1, min(n, 2 * _TILE_ROWS))
+        return max(1, rows), _fit(self.workspace_bytes, rows * self.itemsize, v)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and vocabulary entries of a tile of logits that fits the workspace, where rows need not be whole."""
+        n, _, v = self.shape
+        elements = max(1, self.workspace_bytes // self.itemsize)
+        rows = max(1, min(n, _TILE_ROWS, elements))
+        return rows, _fit(elements, rows, v)
 
 
 def _fit(budget: int, unit: int, most: int) -> int:
@@ -131,6 +192,10 @@ def plan(
     *,
     grad_hidden: bool,
     grad_head: bool,
+    grad_weight: bool | None = None,
+    rank: int = 0,
+    grad_low: tuple[bool, bool] = (False, False),
+    group_rows: int | None = None,
     impl: str = "auto",
     workspace_bytes: int | None = None,
 ) -> Plan:
@@ -140,7 +205,10 @@ def plan(
         shape: (N, D, V).
         dtype, device: of hidden and weight.
         grad_hidden: whether hidden needs a gradient.
-        grad_head: whether weight or bias does.
+        grad_head: whether anything of the head does: weight, bias or an adapter's (V, rank) side.
+        grad_weight: whether weight does; None: as grad_head.
+        rank: of an adapter on the head, 0 for none; grad_low: whether its (N, rank) and (V, rank) sides need gradients.
+        group_rows: rows of the largest group, where the loss is known and local to groups; None: it is not.
         impl: "auto", or the name of a body.
         workspace_bytes: bytes for a block of logits; None: `default_workspace(device)`.
     Raises:
@@ -151,19 +219,32 @@ def plan(
         raise ValueError(f"impl={impl!r} must be one of {', '.join(IMPLS)}")
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ValueError(f"workspace_bytes={workspace_bytes!r} must be at least 1")
-    needs = (
-        "the head needs a gradient" if grad_head else "only hidden needs a gradient" if grad_hidden else "no gradient"
-    )
     if impl == "cut":
         require_triton(device, dtype)
-    row = BODIES["chunked" if impl == "auto" else impl][2 if grad_head else 1 if grad_hidden else 0]
+    grad_head = grad_head or grad_low[1]
+    grad_weight = grad_head if grad_weight is None else grad_weight
+    if grad_head:
+        needs = "weight needs a gradient" if grad_weight else "of the head only bias or adapter need a gradient"
+    else:
+        needs = "only hidden needs a gradient" if grad_hidden or grad_low[0] else "no gradient"
+    case = 3 if grad_weight else 2 if grad_head else 1 if grad_hidden or grad_low[0] else 0
+    row = BODIES["chunked" if impl == "auto" else impl][case]
+    workspace = default_workspace(device) if workspace_bytes is None else workspace_bytes
     how = (
         "asked for"
         if impl != "auto"
         else "fewest FLOPs of the table; row work by " + ("Triton" if uses_triton(device, dtype) else "torch")
     )
-    workspace = default_workspace(device) if workspace_bytes is None else workspace_bytes
-    return Plan(row, shape, workspace, dtype.itemsize, f"{needs}; {row.body} body: {how}")
+    chosen = Plan(row, shape, workspace, dtype.itemsize, "", grad_hidden, rank, grad_low, device.type)
+    if group_rows is not None and row in LOCAL:
+        rows, least = chosen.rows_per_chunk, _LOCAL_ROWS.get(device.type, _LOCAL_ROWS_ON_DEVICE)
+        if group_rows > rows:
+            how += f"; the largest group, {group_rows} rows, exceeds a chunk of {rows}"
+        elif grad_weight and rows < min(shape[0], least):
+            how += f"; chunks of {rows} rows are too small to add to dweight for each ({least} are not)"
+        else:
+            chosen, how = replace(chosen, row=LOCAL[row]), f"{how}; the loss is local to groups, which fit a chunk"
+    return replace(chosen, reason=f"{needs}; {row.body} body: {how}")
 
 
 def explain(
@@ -173,22 +254,28 @@ def explain(
     options = {"grad_hidden": True, "grad_head": True, **options}
     p = plan((n, d, v), dtype, torch.device(device), **options)
     passes = f"{p.row.flops_forward}NDV forward + {p.row.flops_backward}NDV backward"
+    if p.rank:
+        passes += f" + adapter of rank {p.rank}"
     return (
         f"{p.row.name} ({p.row.body} body): {p.row.how}\n"
         f"  why: {p.reason}\n"
         f"  FLOPs: {passes} = {p.flops:.3e}\n"
+        f"  bytes: {p.bytes:.3e}, operands and results of every product once\n"
         f"  memory beside the outputs: {p.row.memory}, workspace {p.workspace_bytes / 2**20:.0f} MiB\n"
-        f"  {p.rows_per_chunk} rows a chunk in forward, {p.vocab_per_slice} vocabulary entries a slice in backward"
+        f"  {p.rows_per_chunk} whole rows fit, or {p.vocab_per_slice} vocabulary entries of all rows,"
+        f" or a tile of {p.tile[0]} x {p.tile[1]}"
     )
 
 
 def default_workspace(device: torch.device) -> int:
-    """Bytes for one block of logits: 128 MiB on a CPU; on a GPU 1/256 of all its memory, at most 512 MiB.
+    """Bytes for one block of logits: 16 MiB on a CPU; on a GPU 1/256 of all its memory, at most 512 MiB.
+
+    16 MiB of logits stay in a CPU's last cache between their product and the next.
 
     Of all and not of what is free: the size of a block may change rounding, and equal inputs shall give equal bits.
     """
     if device.type != "cuda":
-        return 128 << 20
+        return 16 << 20
     return min(512 << 20, torch.cuda.get_device_properties(device).total_memory // 256)
 
 

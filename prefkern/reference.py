@@ -51,10 +51,18 @@ def rows_from_hidden(
     labels_N: Tensor,
     head: Head,
     want: tuple[str, ...] = (),
+    low_NR: Tensor | None = None,
+    low_weight_VR: Tensor | None = None,
 ) -> RowStats:
-    """Row statistics of hidden states under a language-model head; the logits are rounded to hidden's dtype."""
+    """Row statistics of hidden states under a language-model head; the logits are rounded to hidden's dtype.
+
+    low_NR, low_weight_VR: an adapter's factors, whose product is added to the logits.
+    """
     bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
-    return rows_from_logits(F.linear(hidden_ND, weight_VD, bias_V), labels_N, head, want)
+    raw_NV = F.linear(hidden_ND, weight_VD, bias_V)
+    if low_NR is not None:
+        raw_NV = raw_NV + F.linear(low_NR, low_weight_VR)
+    return rows_from_logits(raw_NV, labels_N, head, want)
 
 
 def kl_from_hidden(

@@ -11,6 +11,7 @@ from prefkern import reference
 from prefkern.chunked import walk_vocabulary
 from prefkern.head import IGNORE_INDEX, Head
 from prefkern.planner import Plan
+from prefkern.products import product, product_into
 from prefkern.rows import pieces, slope_of, transformed
 from prefkern.token_logps import autocast_head, check_head, first_order_only, plan_head
 
@@ -130,8 +131,8 @@ def _forward(
     unit_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if gradient else None
     for i in range(0, n, step):
         chunk = slice(i, min(i + step, n))
-        logits = torch.mm(hidden_ND[chunk], weight_VD.t(), out=scratch[: chunk.stop - i])
-        ref_logits = torch.mm(ref_hidden_NE[chunk], ref_weight_VE.t(), out=ref_scratch[: chunk.stop - i])
+        logits = product(hidden_ND[chunk], weight_VD.t(), out=scratch[: chunk.stop - i])
+        ref_logits = product(ref_hidden_NE[chunk], ref_weight_VE.t(), out=ref_scratch[: chunk.stop - i])
         for piece in pieces(logits):
             rows = slice(i + piece.start, i + piece.stop)
             z, z_ref = transformed(logits[piece], head, bias_V), transformed(ref_logits[piece], head, ref_bias_V)
@@ -141,7 +142,7 @@ def _forward(
                 dz = dz if slope is None else dz.mul_(slope)
                 logits[piece] = dz if scale == 1.0 else dz.mul_(scale)  # here it is not rounded once more
         if gradient:
-            torch.mm(logits, weight_VD, out=unit_ND[chunk])
+            product_into(unit_ND[chunk], logits, weight_VD)
     kl_N.masked_fill_(~valid_N, 0.0)
     if gradient:
         unit_ND.masked_fill_(~valid_N[:, None], 0.0)
@@ -176,17 +177,18 @@ def _backward(
     g = torch.where(valid_N, grad_N * (head.logit_scale / head.temperature), 0.0)[:, None]
     # An ignored row's log-sum-exp may not be finite: with infinity, p and q are 0.
     lse, ref_lse = (torch.where(valid_N, x, torch.inf)[:, None] for x in (lse_N, ref_lse_N))
-    ref_scratch = ref_hidden_NE.new_empty(n * min(call.plan.vocab_per_slice, vocab))
+    height, step = call.plan.slab
+    ref_scratch = ref_hidden_NE.new_empty(min(n, height) * min(step, vocab))
 
-    def gradient(logits: Tensor, part: slice) -> None:
-        width = part.stop - part.start
-        ref_logits = torch.mm(ref_hidden_NE, ref_weight_VE[part].t(), out=ref_scratch[: n * width].view(n, width))
+    def gradient(logits: Tensor, block: slice, part: slice) -> None:
+        out = ref_scratch[: logits.numel()].view(logits.shape)
+        ref_logits = product(ref_hidden_NE[block], ref_weight_VE[part].t(), out)
         own, other = (None if b is None else b[part] for b in (bias_V, ref_bias_V))
         for piece in pieces(logits):
             z, z_ref = transformed(logits[piece], head, own), transformed(ref_logits[piece], head, other)
             slope = slope_of(z, head)
-            dz = z.sub_(lse[piece]).exp_().sub_(z_ref.sub_(ref_lse[piece]).exp_()).mul_(g[piece])
+            dz = z.sub_(lse[block][piece]).exp_().sub_(z_ref.sub_(ref_lse[block][piece]).exp_()).mul_(g[block][piece])
             logits[piece] = dz if slope is None else dz.mul_(slope)
-        logits.masked_fill_(~valid_N[:, None], 0.0)  # 0 times a logit that is not finite is NaN
+        logits.masked_fill_(~valid_N[block, None], 0.0)  # 0 times a logit that is not finite is NaN
 
-    return walk_vocabulary(hidden_ND, weight_VD, bias_V, call.plan, gradient, needs)
+    return tuple(walk_vocabulary(hidden_ND, weight_VD, bias_V, call.plan, gradient, needs)[:3])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefkern import chunked, reference
 from prefkern import rows as torch_rows
-from prefkern.head import IGNORE_INDEX, Head, RowStats
+from prefkern.head import IGNORE_INDEX, Head, LoRA, RowStats
 from prefkern.planner import Plan, plan, require_triton
 
 OUTPUTS = ("entropy", "is_top1", "mean_logit", "lse", "log_collision")
@@ -37,6 +37,7 @@ class TokenLogpsOutput(NamedTuple):
     mean_logit: Tensor | None = None  # fp32: mean over the vocabulary of the transformed logits
     lse: Tensor | None = None  # fp32, nats: log-sum-exp of the transformed logits
     log_collision: Tensor | None = None  # fp32, nats: log sum_v p_v^2, the log-probability that two samples agree
+    ref_logps: Tensor | None = None  # fp32, nats: logps of ref_hidden under the same head; never carries a gradient
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class HiddenCall(_Call):
     """A call that starts from hidden states."""
 
     plan: Plan
+    filter_eps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ def token_logps(
     outputs: Collection[str] = (),
     impl: str = "auto",
     workspace_bytes: int | None = None,
+    *,
+    lora: LoRA | None = None,
+    ref_hidden: Tensor | None = None,
+    filter_eps: float | None = None,
 ) -> TokenLogpsOutput:
     """Log-probability of each label under softmax of the head's logits, without storing the logits.
 
@@ -95,12 +101,18 @@ def token_logps(
         impl: "auto", "chunked" (library products), "cut" (Triton, no logits in memory) or "eager" (plain torch).
         workspace_bytes: bytes that a block of logits may take; None: `prefkern.planner.default_workspace`. At least
             one row (in backward one vocabulary entry) is taken at a time, whatever this says.
+        lora: adapter on the head, weight + scale * b @ a; the sum is never made.
+        ref_hidden: of hidden's shape: a reference model's states under the same weight and bias, without the adapter.
+            Its logps are the output's ref_logps, from the same pass over the weight.
+        filter_eps: only with impl="cut": backward takes blocks of dL/dlogits that are wholly below it in absolute
+            value as zero. None: exact. See `kernels.lm_head.lm_head_backward` for the bound on the error.
     Returns:
         TokenLogpsOutput: fp32 (float64 for float64 inputs), in nats.
     Gradient:
         For g = dL/dlogp, e = dL/dentropy and ignoring the transform,
         dz = g (onehot - p) - e p (log p + entropy), dhidden = dz @ weight, dweight = dz.T @ hidden, dbias = dz.sum(0);
-        each in its parameter's dtype, accumulated in fp32. Entropy is differentiable, the other outputs are not.
+        each in its parameter's dtype, accumulated in fp32; of lora, da = scale * dlow.T @ hidden with dlow = dz @ b,
+        and db = scale * dz.T @ hidden @ a.T. Entropy is differentiable, the other outputs are not.
         Backward takes p from the fp32 log-sum-exp: half an ulp of it is the relative error of p, 1e-6 at logits of 20
         and 5e-4 at logits of 1e4.
         Second derivatives raise RuntimeError except with impl="eager".
@@ -119,23 +131,45 @@ def token_logps(
     shape, hidden, labels = labels.shape, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if impl == "cut" and "log_collision" in want:
         raise ValueError("impl='cut' has no output 'log_collision': use impl='auto' or 'chunked'")
-    chosen = plan_head(hidden, weight, bias, impl, workspace_bytes)
+    if filter_eps is not None and (impl != "cut" or not filter_eps >= 0):
+        raise ValueError(f"filter_eps={filter_eps!r} must be at least 0, and belongs to impl='cut'; impl is {impl!r}")
+    low, low_weight = (None, None) if lora is None else lora.factors(hidden, weight)
+    if ref_hidden is not None:
+        ref_hidden = check_ref_hidden(ref_hidden, hidden, shape)
+    chosen = plan_head(hidden, weight, bias, impl, workspace_bytes, low, low_weight)
     if chosen.row.body == "eager":
-        stats = reference.rows_from_hidden(hidden, weight, bias, labels, head, want)
+        stats = reference.rows_from_hidden(hidden, weight, bias, labels, head, want, low, low_weight)
+        ref_logps = None
+        if ref_hidden is not None:
+            with torch.no_grad():
+                ref_logps = reference.rows_from_hidden(ref_hidden, weight, bias, labels, head).logps
     else:
-        call = HiddenCall(head, want, torch_rows.implementation(hidden.device, hidden.dtype), chosen)
-        stats = RowStats(*TokenLogps.apply(hidden, weight, bias, labels, call))
-    return _output(stats, want, shape)
+        call = HiddenCall(head, want, torch_rows.implementation(hidden.device, hidden.dtype), chosen, filter_eps)
+        *stats, ref_logps = TokenLogps.apply(hidden, weight, bias, low, low_weight, ref_hidden, labels, call)
+        stats = RowStats(*stats)
+    return _output(stats, want, shape, ref_logps)
 
 
-def plan_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, impl: str, workspace_bytes: int | None) -> Plan:
+def plan_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    impl: str,
+    workspace_bytes: int | None,
+    low: Tensor | None = None,
+    low_weight: Tensor | None = None,
+    group_rows: int | None = None,
+) -> Plan:
     """The planner's choice for (N, D) hidden states under a head, by what of them wants a gradient now."""
-    grad = torch.is_grad_enabled()
+
+    def wants(x: Tensor | None) -> bool:
+        return torch.is_grad_enabled() and x is not None and x.requires_grad
+
     return plan(
         (hidden.shape[0], hidden.shape[1], weight.shape[0]), hidden.dtype, hidden.device,
-        grad_hidden=grad and hidden.requires_grad,
-        grad_head=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        impl=impl, workspace_bytes=workspace_bytes,
+        grad_hidden=wants(hidden), grad_head=wants(weight) or wants(bias), grad_weight=wants(weight),
+        rank=0 if low is None else low.shape[1], grad_low=(wants(low), wants(low_weight)),
+        group_rows=group_rows, impl=impl, workspace_bytes=workspace_bytes,
     )  # fmt: skip
 
 
@@ -177,55 +211,72 @@ def logits_token_logps(
 
 
 class TokenLogps(torch.autograd.Function):
-    """hidden, head -> row statistics, by the chunked or the cut body."""
+    """hidden, head, adapter -> row statistics and the reference's logps, by the chunked or the cut body."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, call: HiddenCall):
-        unit = None
-        if call.plan.row.body == "cut":
-            from prefkern.kernels import lm_head
-
-            stats = lm_head.lm_head_forward(hidden, weight, labels, call.head, bias_V=bias, **call.flags)
-        else:
-            frozen_head = call.plan.row.name == "frozen_head"
-            stats, unit = chunked.forward(
-                hidden, weight, bias, labels, call.head, call.plan, call.flags, gradient=frozen_head, rows=call.rows
-            )
-        ctx.save_for_backward(hidden, weight, bias, labels, stats.lse, stats.entropy, unit)
+    def forward(ctx, hidden, weight, bias, low, low_weight, ref_hidden, labels, call: HiddenCall):
+        stats, ref_logps, units = _head_forward(hidden, weight, bias, low, low_weight, ref_hidden, labels, call)
+        ctx.save_for_backward(hidden, weight, bias, low, low_weight, labels, stats.lse, stats.entropy, *units)
         ctx.call = call
-        _mark(ctx, stats)
-        return tuple(stats)
+        _mark(ctx, stats, ref_logps)
+        return *stats, ref_logps
 
     @staticmethod
     def backward(ctx, grad_logps, _lse, grad_entropy, *_):
-        hidden, weight, bias, labels, lse, entropy, unit = ctx.saved_tensors
-        call, needs = ctx.call, tuple(ctx.needs_input_grad[:3])
+        *operands, labels, lse, entropy, unit, unit_low = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[:5])
         if grad_logps is None and grad_entropy is None:
-            return None, None, None, None, None
+            return (None,) * 8
         with torch.no_grad():
             if unit is not None and grad_entropy is None:
-                grads = (unit * grad_logps[:, None]).to(unit.dtype), None, None
+                scaled = (None if u is None else (u * grad_logps[:, None]).to(u.dtype) for u in (unit, unit_low))
+                dhidden, dlow = (g if need else None for g, need in zip(scaled, (needs[0], needs[3])))
+                grads = dhidden, None, None, dlow, None
             else:
                 grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
-                grads = _head_gradient(
-                    call, hidden, weight, bias, labels, lse, entropy, grad_logps, grad_entropy, needs
-                )
-        return *first_order_only(grads, (hidden, weight, bias)), None, None
+                grads = _head_gradient(ctx.call, operands, labels, lse, entropy, grad_logps, grad_entropy, needs)
+        return *first_order_only(tuple(grads), operands), None, None, None
 
 
-def _head_gradient(call, hidden, weight, bias, labels, lse, entropy, grad_logps, grad_entropy, needs):
+def _head_forward(hidden, weight, bias, low, low_weight, ref_hidden, labels, call: HiddenCall):
+    """Row statistics, the reference's logps or None, and unit gradients of hidden and low where the head is frozen."""
+    n, rows = hidden.shape[0], hidden
+    if ref_hidden is not None:  # one pass over the weight for both; the reference has no adapter
+        rows, labels = torch.cat([hidden, ref_hidden]), torch.cat([labels, labels])
+        low = None if low is None else torch.cat([low, torch.zeros_like(low)])
+    adapter = {"low_NR": low, "low_weight_VR": low_weight}
+    units = None, None
+    if call.plan.row.body == "cut":
+        from prefkern.kernels import lm_head
+
+        stats = lm_head.lm_head_forward(rows, weight, labels, call.head, bias_V=bias, **adapter, **call.flags)
+    else:
+        stats, *units = chunked.forward(
+            rows, weight, bias, labels, call.head, call.plan, call.flags,
+            gradient=n if call.plan.row.name == "frozen_head" else 0, rows=call.rows, **adapter,
+        )  # fmt: skip
+    if ref_hidden is None:
+        return stats, None, units
+    return RowStats(*(None if x is None else x[:n] for x in stats)), stats.logps[n:], units
+
+
+def _head_gradient(call: HiddenCall, operands, labels, lse, entropy, grad_logps, grad_entropy, needs):
+    hidden, weight, bias, low, low_weight = operands
+    adapter = {"low_NR": low, "low_weight_VR": low_weight}
     if call.plan.row.body == "cut":
         from prefkern.kernels import lm_head
 
         return lm_head.lm_head_backward(
             hidden, weight, labels, lse, grad_logps, call.head,
             bias_V=bias, entropy_N=entropy, grad_entropy_N=grad_entropy, needs_hidden=needs[0], needs_weight=needs[1],
-            needs_bias=needs[2], workspace_bytes=call.plan.workspace_bytes,
-        )[:3]  # fmt: skip
+            needs_bias=needs[2], needs_low=needs[3], needs_low_weight=needs[4],
+            workspace_bytes=call.plan.workspace_bytes, filter_eps=call.filter_eps, **adapter,
+        )  # fmt: skip
     stats = RowStats(lse, lse, entropy)
     return chunked.backward(
-        hidden, weight, bias, labels, call.head, call.plan, stats, grad_logps, grad_entropy, needs=needs, rows=call.rows
-    )
+        hidden, weight, bias, labels, call.head, call.plan, stats, grad_logps, grad_entropy,
+        needs=needs, rows=call.rows, **adapter,
+    )  # fmt: skip
 
 
 class LogitsTokenLogps(torch.autograd.Function):
@@ -283,15 +334,18 @@ def first_order_only(grads: tuple, inputs: tuple) -> tuple:
     return tuple(None if g is None else _FirstOrderOnly.apply(g, *[t for t in inputs if t is not None]) for g in grads)
 
 
-def _mark(ctx, stats: RowStats) -> None:
+def _mark(ctx, stats: RowStats, ref_logps: Tensor | None = None) -> None:
     ctx.set_materialize_grads(False)
-    constant = (stats.lse, stats.is_top1, stats.mean_logit, stats.log_collision)
+    constant = (stats.lse, stats.is_top1, stats.mean_logit, stats.log_collision, ref_logps)
     ctx.mark_non_differentiable(*[s for s in constant if s is not None])
 
 
-def _output(stats: RowStats, want: tuple[str, ...], shape: torch.Size) -> TokenLogpsOutput:
+def _output(
+    stats: RowStats, want: tuple[str, ...], shape: torch.Size, ref_logps: Tensor | None = None
+) -> TokenLogpsOutput:
     asked = {name: getattr(stats, name).view(shape) for name in OUTPUTS if name in want}
-    return TokenLogpsOutput(stats.logps.view(shape), **asked)
+    ref_logps = None if ref_logps is None else ref_logps.view(shape)
+    return TokenLogpsOutput(stats.logps.view(shape), **asked, ref_logps=ref_logps)
 
 
 def must_keep(logits_NV: Tensor) -> bool:
@@ -346,6 +400,16 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
             f"{which}hidden, {which}weight, {which}bias and labels are on different devices:"
             f" {sorted(map(str, devices))}"
         )
+
+
+def check_ref_hidden(ref_hidden: Tensor, hidden: Tensor, shape: torch.Size) -> Tensor:
+    """The reference's states as (N, D) data in hidden's dtype; ValueError where they do not go with hidden's."""
+    if ref_hidden.shape != (*shape, hidden.shape[-1]) or ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"ref_hidden {tuple(ref_hidden.shape)} on {ref_hidden.device} must have hidden's shape"
+            f" {(*shape, hidden.shape[-1])} and device {hidden.device}"
+        )
+    return ref_hidden.detach().reshape(hidden.shape).to(hidden.dtype)
 
 
 def check_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> None:

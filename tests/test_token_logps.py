@@ -124,6 +124,9 @@ class CountFlops(TorchDispatchMode):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             a, b = args[-2:]
             self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        elif func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            a, b = args[:2]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[0]
         return func(*args, **(kwargs or {}))
 
 
