@@ -52,9 +52,15 @@ def sparse_product_kernel(
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
     total = tl.zeros([TILE_M, BLOCK_D], tl.float32)
-    for step in range(0, tl.load(count_ptr + pid_m) * (TILE_K // BLOCK_K)):
-        tile = tl.load(tiles_ptr + pid_m * line + step // (TILE_K // BLOCK_K)).to(tl.int32)
-        offs_k = tile * TILE_K + step % (TILE_K // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+    STEPS: tl.constexpr = TILE_K // BLOCK_K
+    steps = tl.load(count_ptr + pid_m) * STEPS
+    tiles_ptr += pid_m * line
+    following = tl.load(tiles_ptr).to(tl.int32)
+    for step in range(0, steps):
+        # Read a step ahead: were the number of a tile read with it, the pipeline would wait for one to fetch the other.
+        tile = following
+        following = tl.load(tiles_ptr + tl.minimum(step + 1, steps - 1) // STEPS).to(tl.int32)
+        offs_k = tile * TILE_K + step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
         # Rows of the slice past the end are not there; its columns past the end are, so their loads need no mask.
         if OF_COLUMNS:
             a_ptrs = slice_ptr + (offs_k.to(tl.int64) * width)[None, :] + offs_m[:, None]

@@ -259,7 +259,7 @@ def lm_head_forward(
         )  # fmt: skip
 
     bare = head.softcap is None and not want_entropy and not want_mean
-    config = inputs.config(arch, bare=bare)
+    config = inputs.config(arch, bare=bare, gradient=False)
     launch(inputs.choose("lm_head_forward", config, arch, launch))
     return stats
 
@@ -333,7 +333,7 @@ def lm_head_backward(
         return hidden_ND.new_empty((N, slice_width(N, V, config, hidden_ND.itemsize, workspace_bytes)))
 
     bare = head.softcap is None and grad_entropy_N is None and filter_eps is None
-    config = inputs.config(arch, bare=bare)
+    config = inputs.config(arch, bare=bare, gradient=True)
     config = inputs.choose("lm_head_dlogits", config, arch, lambda c: launch(c, workspace(c), 0))
     slice_NW = workspace(config)
     dhidden, dlow = (_fresh(t, torch.float32, n) for t, n in ((hidden_ND, needs_hidden), (low_NR, needs_low)))
@@ -415,9 +415,10 @@ class _Inputs(NamedTuple):
         hidden = descriptor(self.hidden_ND, config.block_n, config.block_d)
         return hidden, descriptor(self.weight_VD, config.block_v, config.block_d), *self[2:]
 
-    def config(self, arch: Arch, *, bare: bool) -> HeadConfig:
+    def config(self, arch: Arch, *, bare: bool, gradient: bool) -> HeadConfig:
         copies = can_bulk_copy(self.hidden_ND) and can_bulk_copy(self.weight_VD)
-        return head_config(self.hidden_ND.shape[0], self.hidden_ND.dtype, arch, bare=bare, bulk_copies=copies)
+        N, dtype = self.hidden_ND.shape[0], self.hidden_ND.dtype
+        return head_config(N, dtype, arch, bare=bare, bulk_copies=copies, gradient=gradient)
 
     def choose(self, name: str, config: HeadConfig, arch: Arch, launch: Callable) -> HeadConfig:
         (N, D), V = self.hidden_ND.shape, self.weight_VD.shape[0]
@@ -440,12 +441,14 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
     """
     found = {}
     for (name, kernel), (variant, n, full, rank, copies) in itertools.product(_KERNELS, _VARIANTS):
-        config = head_config(n, dtype, arch, bare=not full, bulk_copies=copies)
+        gradient = kernel is lm_head_dlogits_kernel
+        config = head_config(n, dtype, arch, bare=not full, bulk_copies=copies, gradient=gradient)
         sizes = {"D": 4112 if full else 4096, "R": rank} | ({} if n == _MANY else {"N": n})
         spec = _specialization(f"{name} {variant}", kernel, config, dtype, full, sizes)
         found.setdefault((kernel, config, full, rank), spec)
-    bare, other = (head_config(_MANY, dtype, arch, bare=bare, bulk_copies=True) for bare in (True, False))
-    return [*found.values(), *block_sparse.specializations(dtype, other), _combine_specialization(arch, bare)]
+    forward = head_config(_MANY, dtype, arch, bare=True, bulk_copies=True)
+    filtered = head_config(_MANY, dtype, arch, bare=False, bulk_copies=True, gradient=True)
+    return [*found.values(), *block_sparse.specializations(dtype, filtered), _combine_specialization(arch, forward)]
 
 
 _KERNELS = (("lm_head_forward", lm_head_forward_kernel), ("lm_head_dlogits", lm_head_dlogits_kernel))

@@ -136,10 +136,10 @@ def row_config(V: int, dtype: torch.dtype, arch: Arch, *, writes: bool) -> RowCo
 
 
 def row_splits(N: int, V: int, config: RowConfig, arch: Arch) -> int:
-    """Parts that every row is cut into, one program each: 1, 2, 4, 8 or 16.
+    """Parts that every row is cut into, one program each; at most MAX_ROW_SPLITS, and 1 where there are many rows.
 
     Enough that few rows still fill the chip, by parts of a tile or more; and by parts of four tiles or more, enough
-    that a last wave of programs that is not full costs little. With more rows than that, a row is one program's.
+    that a last wave of programs that is not full costs little.
     """
     tiles = triton.cdiv(V, config.block_v)
     if arch.name == "interpreter":
@@ -148,7 +148,7 @@ def row_splits(N: int, V: int, config: RowConfig, arch: Arch) -> int:
     for wanted, least_tiles in ((_FILLED * arch.num_sms, 1), (_EVEN * arch.num_sms, 4)):
         while blocks * splits < wanted and 2 * splits * least_tiles <= tiles and splits < MAX_ROW_SPLITS:
             splits *= 2
-    return splits
+    return triton.cdiv(tiles, triton.cdiv(tiles, splits))  # none of them empty
 
 
 # Row programs a processor: what keeps its share of the memory busy, and what evens out the last of them.
@@ -162,12 +162,15 @@ def can_bulk_copy(matrix: torch.Tensor) -> bool:
     return aligned and unit == 1 and stride >= cols > 0 and rows > 0
 
 
-def head_config(N: int, dtype: torch.dtype, arch: Arch, *, bare: bool, bulk_copies: bool) -> HeadConfig:
+def head_config(
+    N: int, dtype: torch.dtype, arch: Arch, *, bare: bool, bulk_copies: bool, gradient: bool = False
+) -> HeadConfig:
     """Matmul kernels, which keep one (block_n, block_v) fp32 tile, and what they make of it, in registers.
 
     bare: they make little of it (no softcap, entropy, mean or filter), which leaves registers over for a wide tile: a
         tile of 128 x 256 asks a third less of the L2 cache for each product than two of 128 x 128.
     bulk_copies: `can_bulk_copy` of both operands.
+    gradient: whether they differentiate the tile and write it, instead of folding it into row sums.
     """
     if arch.name == "interpreter":
         return HeadConfig(128, 256, 64, num_warps=1, num_stages=1, group_n=2)
@@ -184,7 +187,7 @@ def head_config(N: int, dtype: torch.dtype, arch: Arch, *, bare: bool, bulk_copi
     tma = bulk_copies and arch.name.startswith(("sm_9", "sm_10"))
     if bare and N <= _FEW_ROWS and not arch.name.startswith("sm_10"):
         return HeadConfig(64, 128, 64, num_warps=4, num_stages=4, per_sm=2, tma=tma)
-    if bare and tma and arch.name.startswith("sm_9"):
+    if bare and tma and (gradient or arch.name.startswith("sm_9")):
         return HeadConfig(128, 256, 64, num_warps=8, num_stages=4, tma=tma)
     return HeadConfig(128, 128, 64, num_warps=8, num_stages=4 if tma else 3, tma=tma)
 
@@ -273,6 +276,11 @@ def _milliseconds(config: Config, launch: Callable[[Config], Any]) -> float:
         return float("inf")
 
 
+def register_limit(registers: int, arch: Arch) -> dict[str, int]:
+    """Launch option: most registers of a thread. Left alone, ptxas spills a few to fit one more program in."""
+    return {"maxnreg": registers} if arch.name.startswith("sm_") else {}
+
+
 @dataclass(frozen=True)
 class Specialization:
     """One kernel with fixed argument types and constants, as the launcher would have it compiled.
@@ -288,6 +296,7 @@ class Specialization:
         tensor_cores: whether its matmul has to run on them.
         sizes: of its launch in the committed table, where they are not the reference's, as {"V": 507}; see roofline.py.
         config: what the constants were made of.
+        limits: more launch options, of `register_limit`.
     """
 
     name: str
@@ -300,6 +309,7 @@ class Specialization:
     tensor_cores: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
     config: RowConfig | HeadConfig | None = None
+    limits: dict[str, int] = field(default_factory=dict)
 
 
 # triton's names of the element types.

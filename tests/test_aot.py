@@ -71,6 +71,8 @@ def test_defaults(arch, dtype, compiled):
     if dtype != "fp32":
         matmuls = [r for r in reports if r["name"].startswith(("lm_head_forward", "lm_head_dlogits"))]
         assert {name[: len(NEWEST[arch])] for r in matmuls for name in r["matrix"] or ["none"]} == {NEWEST[arch]}
+        has_copy_engine = arch in ("sm_90", "sm_100")
+        assert all((r["memory"]["bulk"] > 0) == (has_copy_engine and "pointers" not in r["name"]) for r in matmuls)
 
 
 @pytest.mark.parametrize("arch, dtype", CASES)

@@ -389,8 +389,8 @@ def descriptors(monkeypatch):
     described, config_of = [], lm_head.head_config
     original = lm_head.descriptor
 
-    def with_tma(*args, bulk_copies, **kwargs):
-        return replace(config_of(*args, bulk_copies=bulk_copies, **kwargs), tma=bulk_copies)
+    def with_tma(*args, **options):
+        return replace(config_of(*args, **options), tma=options["bulk_copies"])
 
     monkeypatch.setattr(lm_head, "head_config", with_tma)
     monkeypatch.setattr(lm_head, "descriptor", lambda t, *block: described.append(t) or original(t, *block))
@@ -411,6 +411,18 @@ def test_the_copy_engine_brings_the_same_bits(N, D, V, filter_eps, dtype, descri
     loaded = lm_head_forward(hidden, weight, labels, FULL, bias_V=bias, **WANT)
     assert all(map(torch.equal, copied[:5], loaded[:5]))
     assert all(map(torch.equal, copied_grads, backward(hidden, weight, bias, labels, FULL, grads, **options)))
+
+
+def test_rows_past_the_end_keep_no_tile(descriptors, flags_seen):
+    """The copy engine makes them zeros, whose logits say nothing: here they are far above those of the last row."""
+    N, V = 130, 1031
+    hidden, weight, _, labels, grad_logps, grad_entropy = make(N, 16, V)
+    labels[:-1], labels[-1] = PLAIN.ignore_index, 5
+    hidden[-1], weight[:] = 1.0, -2.0
+    grads = (torch.ones_like(grad_logps), torch.zeros_like(grad_entropy))
+    backward(hidden, weight, None, labels, PLAIN, grads, filter_eps=0.01)
+    (flags,) = flags_seen
+    assert descriptors and not flags[0].any() and flags[N - 1, 5] and not flags[N - 1, 512:].any()
 
 
 @pytest.mark.parametrize("view", VIEWS)
