@@ -47,7 +47,7 @@ def line(spec: Specialization, arch: Arch, dtype: str, report: Report, triton_ve
     return {
         "name": spec.name, "arch": arch.name, "dtype": dtype, "board": board.name, "triton": triton_version,
         "fingerprint": fingerprint(spec),
-        "config": blocks | {"num_warps": spec.num_warps, "num_stages": spec.num_stages},
+        "config": blocks | {"num_warps": spec.num_warps, "num_stages": spec.num_stages} | spec.limits,
         **{name: getattr(report, name) for name in FIGURES},
         "blocks_per_processor": held.blocks, "occupancy": held.fraction, "occupancy_limit": held.limit,
         "launches": [_launch(spec, arch, dtype, N, held) for N in _launch_rows(spec)],
@@ -84,7 +84,8 @@ def fingerprint(spec: Specialization) -> str:
     constants = {}
     for name, value in spec.constexprs.items():
         constants[name] = _collect(value, sources) if _is_kernel(value) else value
-    given = [sources, spec.signature, constants, sorted(spec.divisible), spec.num_warps, spec.num_stages]
+    options = [spec.num_warps, spec.num_stages, spec.limits]
+    given = [sources, spec.signature, constants, sorted(spec.divisible), options]
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 

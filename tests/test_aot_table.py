@@ -124,6 +124,7 @@ def test_the_fingerprint_is_of_the_code_and_not_of_its_comments(tmp_path):
         assert fingerprint_of(tmp_path, old, new) != before, old
     assert fingerprint_of(tmp_path, link="double") != before
     assert fingerprint_of(tmp_path, num_warps=8) != before
+    assert fingerprint_of(tmp_path, limits={"maxnreg": 128}) != before
     assert fingerprint_of(tmp_path, divisible=("N",)) != before
 
 

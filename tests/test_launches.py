@@ -90,7 +90,7 @@ def test_the_tail_is_one_launch(launches):
 def test_cut_body(slices, launches):
     """Forward: logits and their parts' sums, the parts together, the tail. Backward: one launch a slice."""
     hidden, weight, labels = problem(train_head=True)
-    config = head_config(N, hidden.dtype, arch_of(hidden.device), bare=False, bulk_copies=True)
+    config = head_config(N, hidden.dtype, arch_of(hidden.device), bare=True, bulk_copies=True, gradient=True)
     tiles = math.ceil(V / config.block_v)
     workspace = N * config.block_v * hidden.itemsize * math.ceil(tiles / slices)
     assert math.ceil(V / slice_width(N, V, config, hidden.itemsize, workspace)) == min(slices, tiles)
@@ -120,11 +120,12 @@ def test_cut_body_with_a_filter(train_head, launches):
 
 
 def chunks(hidden: torch.Tensor, grad_hidden: bool, grad_head: bool, workspace: int) -> tuple[int, int]:
-    """Chunks of rows in forward, slices of the vocabulary in backward."""
+    """Chunks of rows in forward, tiles of the walk over the vocabulary in backward."""
     plan = planner.plan(
         (N, D, V), hidden.dtype, hidden.device, grad_hidden=grad_hidden, grad_head=grad_head, workspace_bytes=workspace
     )
-    return math.ceil(N / plan.rows_per_chunk), math.ceil(V / plan.vocab_per_slice)
+    height, width = plan.slab
+    return math.ceil(N / plan.rows_per_chunk), math.ceil(N / height) * math.ceil(V / width)
 
 
 @pytest.mark.parametrize("rows_at_once", [N, 16, 1])
