@@ -128,7 +128,7 @@ def chunks(hidden: torch.Tensor, grad_hidden: bool, grad_head: bool, workspace: 
     return math.ceil(N / plan.rows_per_chunk), math.ceil(N / height) * math.ceil(V / width)
 
 
-@pytest.mark.parametrize("rows_at_once", [N, 16, 1])
+@pytest.mark.parametrize("rows_at_once", [N, 16, 5])
 @pytest.mark.parametrize("train_hidden, train_head", [(False, False), (True, False), (True, True)])
 def test_chunked_body(train_hidden, train_head, rows_at_once, launches, triton_rows):
     """A forward launch a chunk; a frozen head's gradient with it, a trained one's by slices of the vocabulary."""
