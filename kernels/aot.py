@@ -98,7 +98,7 @@ def compile_for(spec: Specialization, arch: Arch) -> Report:
     aligned = [n for n, t in spec.signature.items() if n in spec.divisible or t.startswith("*") and n not in anywhere]
     attrs = {(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(spec.kernel, signature, constants, attrs)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages} | spec.limits
     compiled = triton.compile(source, target=arch.target, options=options)
     registers, stack, assembly = (_read_amd if arch.target.backend == "hip" else _read_nvidia)(compiled)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0

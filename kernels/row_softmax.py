@@ -4,8 +4,13 @@
                entropy = lse - sum_v p_v z_v;  log_collision = log sum_v p_v^2;  p = exp(z - lse)
     backward   dlogits = s (g (onehot - p) - h p (log p + entropy)) dz/dz0,    g = dL/dlogp, h = dL/dentropy
 
-Bytes: forward reads the logits once, backward reads them once and writes their gradient once. All maths and all row
-results are fp32; the gradient is rounded once, to the logits' dtype. Sums run in a fixed order: deterministic.
+Bytes: forward reads the logits once, backward reads them once and writes their gradient once; rows to ignore are not
+read. All maths and all row results are fp32; the gradient is rounded once, to the logits' dtype.
+
+A row may be split over programs. In forward each leaves its running sums and counts itself in, and the last to arrive
+combines them, whichever that is. Sums run in a fixed order: deterministic. Each thread keeps running sums of its own,
+and they meet at the end, so no thread waits for another while logits are on their way. Tiles are counted from a
+multiple of 16 bytes wherever a row starts, so all but its edges load 16 bytes at a time.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (online normaliser); the entropy sum is derived.
 """
 
@@ -16,28 +21,146 @@ from torch import Tensor
 
 from prefkern.head import Head, RowStats
 
-from .logits import (
-    label_column,
-    label_logp_grad,
-    online_collision,
-    online_update,
-    transform,
-    transform_args,
-    transform_grad,
+from .logits import cap_slope, fold_tile, label_column, label_logp_grad, merge_sums, transform, transform_args
+from .tuning import (
+    MAX_ROW_SPLITS,
+    TYPE_NAMES,
+    Arch,
+    RowConfig,
+    Specialization,
+    arch_of,
+    choose,
+    on_its_device,
+    row_config,
+    row_splits,
 )
-from .tuning import TYPE_NAMES, Arch, RowConfig, Specialization, arch_of, choose, on_its_device, row_config
+
+PARTS = 5  # running sums of a split: max, sum, dot, square, total
+ALL_SPLITS = tl.constexpr(MAX_ROW_SPLITS)
+LOAD_BYTES = tl.constexpr(16)  # the widest load
+
+
+@triton.jit
+def cut_columns(
+    row_ptr, wanted, split, splits, V,
+    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+):  # fmt: skip
+    """Which columns of the row at row_ptr are one split's: (shift, begin, first, last, end).
+
+    Columns are counted from `shift` elements before the row: with ALIGNED, from a multiple of 16 bytes. The split is
+    [begin, end), or nothing unless `wanted`. [first, last) are its whole tiles of BLOCK_V; what is left are edges: one
+    tile of EDGE_V at begin where begin < first, and some from last on where last < end.
+    """
+    shift = 0
+    if ALIGNED:
+        ITEM: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+        shift = (row_ptr.to(tl.int64) % LOAD_BYTES // ITEM).to(tl.int32)
+    span = tl.cdiv(tl.cdiv(V, BLOCK_V), splits) * BLOCK_V
+    begin = split * span
+    end = tl.where(split == splits - 1, V + shift, tl.minimum(begin + span, V + shift))
+    end = tl.where(wanted, end, begin)
+    first = begin + tl.where((begin < shift) & (begin < end), EDGE_V, 0)
+    last = first + tl.maximum(end - first, 0) // BLOCK_V * BLOCK_V
+    return shift, begin, first, last, end
+
+
+@triton.jit
+def to_lanes(z, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr, ITEM: tl.constexpr):
+    """(rows, columns) to (rows, lanes, rest), where a lane gets the columns that 16-byte loads give one thread.
+
+    The columns are BLOCK_V or EDGE_V, which is one such load a thread, or both are the same and a row has one lane.
+    """
+    BLOCK_N: tl.constexpr = z.shape[0]
+    COLUMNS: tl.constexpr = z.shape[1]
+    if BLOCK_V == EDGE_V:
+        lanes = tl.reshape(z, [BLOCK_N, 1, COLUMNS])
+    else:
+        WIDTH: tl.constexpr = LOAD_BYTES // ITEM
+        pieces = tl.reshape(z, [BLOCK_N, COLUMNS // EDGE_V, EDGE_V // WIDTH, WIDTH])
+        lanes = tl.reshape(tl.permute(pieces, (0, 2, 1, 3)), [BLOCK_N, EDGE_V // WIDTH, COLUMNS // EDGE_V * WIDTH])
+    return lanes
 
 
 @triton.jit
 def load_logits(
-    ptrs, bias_ptr, offs_v, mask, V, in_scale, out_scale,
-    HAS_SOFTCAP: tl.constexpr,
+    ptrs, bias_ptr, offs_v, mask, mask_v, in_scale, out_scale,
+    HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """Transformed logits z of one tile, fp32; 0 where masked."""
-    z0 = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    """Transformed logits z of one tile, fp32; 0 where masked. mask and mask_v (columns) may be None."""
+    if mask is None:
+        z0 = tl.load(ptrs, eviction_policy=EVICTION).to(tl.float32)
+    else:
+        z0 = tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     if bias_ptr is not None:
-        z0 += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+        if mask_v is None:
+            z0 += tl.load(bias_ptr + offs_v).to(tl.float32)[None, :]
+        else:
+            z0 += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
     return transform(z0, in_scale, out_scale, HAS_SOFTCAP)
+
+
+@triton.jit
+def fold_columns(
+    row_ptrs, bias_ptr, start, shift, end, stride_lv, in_scale, out_scale,
+    max_nk, sum_nk, dot_nk, square_nk, total_nk,
+    EDGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr, WANT_MEAN: tl.constexpr, WANT_COLLISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+):  # fmt: skip
+    """Fold the tile of columns from start on into the lanes' running sums; EDGE: some lie outside [shift, end)."""
+    ITEM: tl.constexpr = row_ptrs.dtype.element_ty.primitive_bitwidth // 8
+    COLUMNS: tl.constexpr = EDGE_V if EDGE else BLOCK_V
+    column = start + tl.arange(0, COLUMNS)
+    ptrs = row_ptrs[:, None] + (column.to(tl.int64) * stride_lv)[None, :]
+    mask_v = None
+    mask = None
+    if EDGE:
+        mask_v = (column >= shift) & (column < end)
+        mask = mask_v[None, :]
+    z = load_logits(ptrs, bias_ptr, column - shift, mask, mask_v, in_scale, out_scale, HAS_SOFTCAP, "")
+    if WANT_MEAN:
+        total_nk += tl.sum(to_lanes(z, BLOCK_V, EDGE_V, ITEM), axis=2)
+    if EDGE:
+        z = tl.where(mask, z, float("-inf"))
+    max_nk, sum_nk, dot_nk, square_nk = fold_tile(
+        to_lanes(z, BLOCK_V, EDGE_V, ITEM), max_nk, sum_nk, dot_nk, square_nk, WANT_ENTROPY, WANT_COLLISION
+    )
+    return max_nk, sum_nk, dot_nk, square_nk, total_nk
+
+
+@triton.jit
+def split_sums(
+    row_ptrs, row_ptr, bias_ptr, wanted, split, splits, stride_lv, V, in_scale, out_scale,
+    HAS_SOFTCAP: tl.constexpr, WANT_ENTROPY: tl.constexpr, WANT_MEAN: tl.constexpr, WANT_COLLISION: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+):  # fmt: skip
+    """Running sums (max, sum, dot, square, total) of the rows at row_ptrs over one split; row_ptr is the first."""
+    BLOCK_N: tl.constexpr = row_ptrs.shape[0]
+    ITEM: tl.constexpr = row_ptrs.dtype.element_ty.primitive_bitwidth // 8
+    LANES: tl.constexpr = EDGE_V * ITEM // LOAD_BYTES if EDGE_V < BLOCK_V else 1
+    shift, begin, first, last, end = cut_columns(row_ptr, wanted, split, splits, V, ALIGNED, BLOCK_V, EDGE_V)
+    if ALIGNED:
+        row_ptrs = tl.multiple_of(row_ptrs - shift, [LOAD_BYTES])
+    max_nk = tl.full([BLOCK_N, LANES], float("-inf"), tl.float32)
+    sum_nk = tl.zeros([BLOCK_N, LANES], tl.float32)
+    dot_nk = tl.zeros([BLOCK_N, LANES], tl.float32)
+    square_nk = tl.zeros([BLOCK_N, LANES], tl.float32)
+    total_nk = tl.zeros([BLOCK_N, LANES], tl.float32)
+    for start in range(first, last, BLOCK_V):
+        max_nk, sum_nk, dot_nk, square_nk, total_nk = fold_columns(
+            row_ptrs, bias_ptr, start, shift, end, stride_lv, in_scale, out_scale,
+            max_nk, sum_nk, dot_nk, square_nk, total_nk,
+            False, HAS_SOFTCAP, WANT_ENTROPY, WANT_MEAN, WANT_COLLISION, BLOCK_V, EDGE_V,
+        )  # fmt: skip
+    for edge in range(tl.where(begin < first, -1, 0), tl.cdiv(end - last, EDGE_V)):
+        max_nk, sum_nk, dot_nk, square_nk, total_nk = fold_columns(
+            row_ptrs, bias_ptr, tl.where(edge < 0, begin, last + edge * EDGE_V),
+            shift, end, stride_lv, in_scale, out_scale,
+            max_nk, sum_nk, dot_nk, square_nk, total_nk,
+            True, HAS_SOFTCAP, WANT_ENTROPY, WANT_MEAN, WANT_COLLISION, BLOCK_V, EDGE_V,
+        )  # fmt: skip
+    max_n, sum_n, dot_n, square_n = merge_sums(max_nk, sum_nk, dot_nk, square_nk, 1, WANT_ENTROPY, WANT_COLLISION)
+    return max_n, sum_n, dot_n, square_n, tl.sum(total_nk, axis=1)
 
 
 @triton.jit
@@ -61,108 +184,198 @@ def finish_stats(
         tl.store(mean_ptr + offs_n, tl.where(kept_n, total_n / V, 0.0), mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
-def row_softmax_forward_kernel(
-    logits_ptr, bias_ptr, labels_ptr,  # in: (N, V), (V,) or None, (N,)
-    logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr, collision_ptr,  # out: (N,) each, the last four or None
-    stride_ln, stride_lv,
-    N, V, ignore_index,
-    in_scale, out_scale,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+@triton.jit
+def row_statistics(
+    pid, logits_ptr, bias_ptr, labels_ptr,
+    logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr, collision_ptr,
+    parts_ptr, arrived_ptr,
+    stride_ln, stride_lv, N, V, splits, ignore_index, in_scale, out_scale,
+    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_N),): one program walks BLOCK_N rows from the first column to the last."""
+    """One split of BLOCK_N rows, and if it is the last of theirs to be done, their results; returns whether it was."""
     WANT_ENTROPY: tl.constexpr = entropy_ptr is not None
     WANT_MEAN: tl.constexpr = mean_ptr is not None
     WANT_COLLISION: tl.constexpr = collision_ptr is not None
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = pid // splits
+    split = pid % splits
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     rows = tl.minimum(offs_n, N - 1).to(tl.int64)  # rows past the end repeat the last one: no mask, no log of 0
-    row_ptrs = logits_ptr + rows * stride_ln
-    tile_offs = tl.arange(0, BLOCK_V)
-    tile_ptrs = row_ptrs[:, None] + (tile_offs.to(tl.int64) * stride_lv)[None, :]
-
-    max_n = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    sum_n = tl.zeros([BLOCK_N], tl.float32)
-    dot_n = tl.zeros([BLOCK_N], tl.float32)
-    total_n = tl.zeros([BLOCK_N], tl.float32)
-    square_n = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tile_offs
-        mask = (offs_v < V)[None, :]
-        ptrs = tile_ptrs + tl.cast(start, tl.int64) * stride_lv
-        z = load_logits(ptrs, bias_ptr, offs_v, mask, V, in_scale, out_scale, HAS_SOFTCAP)
-        if WANT_MEAN:
-            total_n += tl.sum(tl.where(mask, z, 0.0), axis=1)
-        z = tl.where(mask, z, float("-inf"))
-        old_max_n = max_n
-        max_n, sum_n, dot_n = online_update(z, max_n, sum_n, dot_n, WANT_ENTROPY)
-        if WANT_COLLISION:
-            square_n = online_collision(z, old_max_n, max_n, square_n)
-
-    # One gather per row instead of a comparison per logit.
     label_n = tl.load(labels_ptr + rows)
-    inside_n = (label_n >= 0) & (label_n < V)
-    z_label_n = tl.load(row_ptrs + label_n.to(tl.int64) * stride_lv, mask=inside_n, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        z_label_n += tl.load(bias_ptr + label_n, mask=inside_n, other=0.0).to(tl.float32)
-    z_label_n = transform(z_label_n, in_scale, out_scale, HAS_SOFTCAP)
-    finish_stats(
-        logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr,
-        offs_n, mask_n, label_n, z_label_n, max_n, sum_n, dot_n, total_n, V, ignore_index,
+    wanted = tl.max((label_n != ignore_index).to(tl.int32), axis=0) > 0
+    row_ptrs = logits_ptr + rows * stride_ln
+    max_n, sum_n, dot_n, square_n, total_n = split_sums(
+        row_ptrs, logits_ptr + (block * BLOCK_N).to(tl.int64) * stride_ln, bias_ptr,
+        wanted, split, splits, stride_lv, V, in_scale, out_scale,
+        HAS_SOFTCAP, WANT_ENTROPY, WANT_MEAN, WANT_COLLISION, ALIGNED, BLOCK_V, EDGE_V,
     )  # fmt: skip
-    if WANT_COLLISION:
-        log_collision_n = tl.log(square_n) - 2.0 * tl.log(sum_n)
-        tl.store(collision_ptr + offs_n, tl.where(label_n != ignore_index, log_collision_n, 0.0), mask=mask_n)
+
+    is_last = pid >= 0
+    if splits > 1:
+        size = tl.cast(N, tl.int64)
+        plane = size * splits
+        own_ptrs = parts_ptr + split * size + rows
+        tl.store(own_ptrs, max_n, mask=mask_n)
+        tl.store(own_ptrs + plane, sum_n, mask=mask_n)
+        if WANT_ENTROPY:
+            tl.store(own_ptrs + 2 * plane, dot_n, mask=mask_n)
+        if WANT_COLLISION:
+            tl.store(own_ptrs + 3 * plane, square_n, mask=mask_n)
+        if WANT_MEAN:
+            tl.store(own_ptrs + 4 * plane, total_n, mask=mask_n)
+        tl.debug_barrier()  # every thread has written its rows' sums before one of them says so
+        # acq_rel: publishes these sums, and makes those of who came before visible.
+        is_last = tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") == splits - 1
+        if is_last:
+            offs_k = tl.arange(0, ALL_SPLITS)[:, None]
+            all_ptrs = parts_ptr + offs_k * size + rows[None, :]
+            mask_k = offs_k < splits
+            max_kn = tl.load(all_ptrs, mask=mask_k, other=float("-inf"), volatile=True)
+            sum_kn = tl.load(all_ptrs + plane, mask=mask_k, other=0.0, volatile=True)
+            dot_kn = sum_kn
+            square_kn = sum_kn
+            if WANT_ENTROPY:
+                dot_kn = tl.load(all_ptrs + 2 * plane, mask=mask_k, other=0.0, volatile=True)
+            if WANT_COLLISION:
+                square_kn = tl.load(all_ptrs + 3 * plane, mask=mask_k, other=0.0, volatile=True)
+            if WANT_MEAN:
+                total_n = tl.sum(tl.load(all_ptrs + 4 * plane, mask=mask_k, other=0.0, volatile=True), axis=0)
+            max_n, sum_n, dot_n, square_n = merge_sums(
+                max_kn, sum_kn, dot_kn, square_kn, 0, WANT_ENTROPY, WANT_COLLISION
+            )
+
+    if is_last:
+        # One gather per row instead of a comparison per logit.
+        inside_n = (label_n >= 0) & (label_n < V)
+        z_label_n = tl.load(row_ptrs + label_n.to(tl.int64) * stride_lv, mask=inside_n, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            z_label_n += tl.load(bias_ptr + label_n, mask=inside_n, other=0.0).to(tl.float32)
+        z_label_n = transform(z_label_n, in_scale, out_scale, HAS_SOFTCAP)
+        finish_stats(
+            logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr,
+            offs_n, mask_n, label_n, z_label_n, max_n, sum_n, dot_n, total_n, V, ignore_index,
+        )  # fmt: skip
+        if WANT_COLLISION:
+            log_collision_n = tl.log(square_n) - 2.0 * tl.log(sum_n)
+            tl.store(collision_ptr + offs_n, tl.where(label_n != ignore_index, log_collision_n, 0.0), mask=mask_n)
+    return is_last
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+# Neither the numbers of rows and columns nor where a view starts may cost a recompile.
+SIZES = ["stride_ln", "N", "V", "splits", "ignore_index"]
+ROW_POINTERS = ["logits_ptr", "bias_ptr", "labels_ptr"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ROW_POINTERS)
+def row_softmax_forward_kernel(
+    logits_ptr, bias_ptr, labels_ptr,  # in: (N, V), (V,) or None, (N,)
+    logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr, collision_ptr,  # out: (N,) each, the last four or None
+    parts_ptr, arrived_ptr,  # (PARTS, splits, N) fp32; (row blocks,) int32, 0 at the start; unused with one split
+    stride_ln, stride_lv,
+    N, V, splits, ignore_index,
+    in_scale, out_scale,
+    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BLOCK_N) * splits,): one program walks one split of BLOCK_N rows, see row_statistics."""
+    row_statistics(
+        tl.program_id(0), logits_ptr, bias_ptr, labels_ptr,
+        logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr, collision_ptr, parts_ptr, arrived_ptr,
+        stride_ln, stride_lv, N, V, splits, ignore_index, in_scale, out_scale,
+        HAS_SOFTCAP, ALIGNED, BLOCK_N, BLOCK_V, EDGE_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_gradient(
+    row_ptrs, out_ptrs, bias_ptr, start, shift, end, stride_lv, stride_ov,
+    column_n, kept_n, mask_n, lse_n, grad_logp_n, entropy_n, grad_entropy_n, in_scale, out_scale,
+    EDGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the tile of columns from start on; EDGE: some lie outside [shift, end)."""
+    column = start + tl.arange(0, COLUMNS)
+    offsets = column.to(tl.int64)
+    mask_v = None
+    read = kept_n[:, None]
+    write = mask_n[:, None]
+    if EDGE:
+        mask_v = (column >= shift) & (column < end)
+        read = read & mask_v[None, :]
+        write = write & mask_v[None, :]
+    z = load_logits(
+        row_ptrs[:, None] + (offsets * stride_lv)[None, :], bias_ptr, column - shift, read, mask_v,
+        in_scale, out_scale, HAS_SOFTCAP, "evict_first",
+    )  # fmt: skip
+    is_label = column[None, :] == column_n[:, None]
+    dz = label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, HAS_ENTROPY)
+    if HAS_SOFTCAP:
+        dz *= cap_slope(z, out_scale)
+    if bias_ptr is not None:  # else z is 0 where not kept
+        dz = tl.where(kept_n[:, None], dz, 0.0)
+    ptrs = out_ptrs[:, None] + (offsets * stride_ov)[None, :]
+    tl.store(ptrs, dz.to(ptrs.dtype.element_ty), mask=write)
+
+
+@triton.jit(
+    do_not_specialize=[*SIZES, "stride_on"],
+    do_not_specialize_on_alignment=[
+        *ROW_POINTERS, "lse_ptr", "entropy_ptr", "grad_logp_ptr", "grad_entropy_ptr", "grad_scale_ptr", "out_ptr",
+    ],
+)  # fmt: skip
 def row_softmax_backward_kernel(
     logits_ptr, bias_ptr, labels_ptr, lse_ptr, entropy_ptr,  # in: (N, V), (V,) or None, (N,), (N,), (N,) or None
     grad_logp_ptr, grad_entropy_ptr, grad_scale_ptr,  # in: (N,), (N,) or None, () or None
     out_ptr,  # out: (N, V), may be logits_ptr: each element is read and written by one thread
     stride_ln, stride_lv, stride_on, stride_ov,
-    N, V, ignore_index,
+    N, V, splits, ignore_index,
     in_scale, out_scale,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_N),): one program writes the gradient of BLOCK_N rows."""
+    """Grid (cdiv(N, BLOCK_N) * splits,): one program writes one split of the gradient of BLOCK_N rows."""
     HAS_ENTROPY: tl.constexpr = grad_entropy_ptr is not None
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what the forward read last is still in the cache
+    block = pid // splits
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     rows = offs_n.to(tl.int64)
-    tile_offs = tl.arange(0, BLOCK_V)
-    tile_cols = tile_offs.to(tl.int64)
-    tile_ptrs = logits_ptr + (rows * stride_ln)[:, None] + (tile_cols * stride_lv)[None, :]
-    out_ptrs = out_ptr + (rows * stride_on)[:, None] + (tile_cols * stride_ov)[None, :]
-
-    label_n = tl.load(labels_ptr + offs_n, mask=mask_n, other=0)
-    column_n = label_column(label_n, V)
-    kept_n = label_n != ignore_index
-    scale = 1.0
+    label_n = tl.load(labels_ptr + offs_n, mask=mask_n, other=ignore_index)
+    kept_n = mask_n & (label_n != ignore_index)
+    scale = in_scale * out_scale
     if grad_scale_ptr is not None:
-        scale = tl.load(grad_scale_ptr).to(tl.float32)
+        scale *= tl.load(grad_scale_ptr).to(tl.float32)
     # The lse of an ignored row is not its own: with infinity, p is 0.
-    lse_n = tl.where(kept_n, tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0), float("inf"))
-    grad_logp_n = tl.load(grad_logp_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32) * scale
+    lse_n = tl.load(lse_ptr + offs_n, mask=kept_n, other=float("inf"))
+    grad_logp_n = tl.load(grad_logp_ptr + offs_n, mask=kept_n, other=0.0).to(tl.float32) * scale
     entropy_n = lse_n
     grad_entropy_n = grad_logp_n
     if HAS_ENTROPY:
-        entropy_n = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
-        grad_entropy_n = tl.load(grad_entropy_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32) * scale
+        entropy_n = tl.load(entropy_ptr + offs_n, mask=kept_n, other=0.0)
+        grad_entropy_n = tl.load(grad_entropy_ptr + offs_n, mask=kept_n, other=0.0).to(tl.float32) * scale
 
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tile_offs
-        mask = mask_n[:, None] & (offs_v < V)[None, :]
-        ptrs = tile_ptrs + tl.cast(start, tl.int64) * stride_lv
-        z = load_logits(ptrs, bias_ptr, offs_v, mask, V, in_scale, out_scale, HAS_SOFTCAP)
-        is_label = offs_v[None, :] == column_n[:, None]
-        dz = label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, HAS_ENTROPY)
-        dz0 = dz * transform_grad(z, in_scale, out_scale, HAS_SOFTCAP)
-        dz0 = tl.where(kept_n[:, None], dz0, 0.0)
-        store_ptrs = out_ptrs + tl.cast(start, tl.int64) * stride_ov
-        tl.store(store_ptrs, dz0.to(out_ptr.dtype.element_ty), mask=mask)
+    row_ptrs = logits_ptr + rows * stride_ln
+    out_ptrs = out_ptr + rows * stride_on
+    row_ptr = logits_ptr + (block * BLOCK_N).to(tl.int64) * stride_ln
+    shift, begin, first, last, end = cut_columns(row_ptr, True, pid % splits, splits, V, ALIGNED, BLOCK_V, EDGE_V)
+    column_n = label_column(label_n, V)
+    column_n = tl.where(kept_n & (column_n >= 0), column_n + shift, -1)
+    if ALIGNED:
+        row_ptrs = tl.multiple_of(row_ptrs - shift, [LOAD_BYTES])
+        out_ptrs = tl.multiple_of(out_ptrs - shift, [LOAD_BYTES])
+    for start in range(first, last, BLOCK_V):
+        write_gradient(
+            row_ptrs, out_ptrs, bias_ptr, start, shift, end, stride_lv, stride_ov,
+            column_n, kept_n, mask_n, lse_n, grad_logp_n, entropy_n, grad_entropy_n, in_scale, out_scale,
+            False, HAS_SOFTCAP, HAS_ENTROPY, BLOCK_V,
+        )  # fmt: skip
+    for edge in range(tl.where(begin < first, -1, 0), tl.cdiv(end - last, EDGE_V)):
+        write_gradient(
+            row_ptrs, out_ptrs, bias_ptr, tl.where(edge < 0, begin, last + edge * EDGE_V),
+            shift, end, stride_lv, stride_ov,
+            column_n, kept_n, mask_n, lse_n, grad_logp_n, entropy_n, grad_entropy_n, in_scale, out_scale,
+            True, HAS_SOFTCAP, HAS_ENTROPY, EDGE_V,
+        )  # fmt: skip
 
 
 def empty_stats(
@@ -175,6 +388,39 @@ def empty_stats(
 
     top1 = fresh(want_top1, torch.bool)
     return RowStats(fresh(True), fresh(True), fresh(want_entropy), top1, fresh(want_mean), fresh(want_collision))
+
+
+def row_grid(logits_NV: Tensor, config: RowConfig) -> tuple[int, int]:
+    """Blocks of rows, and splits of each."""
+    N, V = logits_NV.shape
+    return triton.cdiv(N, config.block_n), row_splits(N, V, config, arch_of(logits_NV.device))
+
+
+def split_parts(N: int, splits: int, device: torch.device) -> Tensor:
+    """Where the splits of a row leave their sums for the last of them; empty where rows are not split."""
+    return torch.empty((PARTS, splits, N) if splits > 1 else 0, dtype=torch.float32, device=device)
+
+
+def zeroed_counters(*numbers: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Counters of arrivals, so many of each kind.
+
+    They are fresh in every call. Kept between calls, and reset by whoever completes a count, they would need no
+    zeroing; but two streams, or a captured graph replayed beside its successor, could then count in the same ones.
+    """
+    return torch.zeros(sum(numbers), dtype=torch.int32, device=device).split(numbers)
+
+
+def can_align(config: RowConfig, *matrices: Tensor) -> bool:
+    """Whether tiles may start at a multiple of 16 bytes: one row a program, unit stride, alike in all the matrices."""
+    first = matrices[0]
+    alike = all(
+        m.stride(1) == 1
+        and m.dtype == first.dtype
+        and (m.data_ptr() - first.data_ptr()) % LOAD_BYTES.value == 0
+        and (m.stride(0) - first.stride(0)) * m.itemsize % LOAD_BYTES.value == 0
+        for m in matrices
+    )
+    return alike and config.block_n == 1
 
 
 @on_its_device
@@ -210,12 +456,16 @@ def row_softmax_forward(
     bias_V = None if bias_V is None else bias_V.contiguous()
 
     def launch(config: RowConfig) -> None:
-        row_softmax_forward_kernel[(triton.cdiv(N, config.block_n),)](
-            logits_NV, bias_V, labels_N, *stats, logits_NV.stride(0), logits_NV.stride(1), N, V, head.ignore_index,
-            **transform_args(head), **_options(config),
+        blocks, splits = row_grid(logits_NV, config)
+        device = logits_NV.device
+        (arrived,) = zeroed_counters(blocks if splits > 1 else 0, device=device)
+        row_softmax_forward_kernel[(blocks * splits,)](
+            logits_NV, bias_V, labels_N, *stats, split_parts(N, splits, device), arrived,
+            *logits_NV.stride(), N, V, splits, head.ignore_index,
+            ALIGNED=can_align(config, logits_NV), **transform_args(head), **launch_options(config),
         )  # fmt: skip
 
-    launch(_configure("row_softmax_forward", logits_NV, launch))
+    launch(_configure("row_softmax_forward", logits_NV, launch, writes=False))
     return stats
 
 
@@ -256,26 +506,31 @@ def row_softmax_backward(
     bias_V, entropy_N, grad_entropy_N = (None if t is None else t.contiguous() for t in optional)
 
     def launch(config: RowConfig, out: Tensor) -> None:
-        row_softmax_backward_kernel[(triton.cdiv(N, config.block_n),)](
+        blocks, splits = row_grid(logits_NV, config)
+        row_softmax_backward_kernel[(blocks * splits,)](
             logits_NV, bias_V, labels_N, lse_N, entropy_N, grad_logps_N, grad_entropy_N, grad_scale, out,
-            *logits_NV.stride(), *out.stride(), N, V, head.ignore_index, **transform_args(head), **_options(config),
+            *logits_NV.stride(), *out.stride(), N, V, splits, head.ignore_index,
+            ALIGNED=can_align(config, logits_NV, out), **transform_args(head), **launch_options(config),
         )  # fmt: skip
 
     # A search may launch many times: not in place.
-    config = _configure("row_softmax_backward", logits_NV, lambda c: launch(c, torch.empty_like(logits_NV)))
+    config = _configure(
+        "row_softmax_backward", logits_NV, lambda c: launch(c, torch.empty_like(logits_NV)), writes=True
+    )
     launch(config, out)
     return out
 
 
-def _options(config: RowConfig) -> dict[str, int]:
+def launch_options(config: RowConfig) -> dict[str, int]:
     return dict(
-        BLOCK_N=config.block_n, BLOCK_V=config.block_v, num_warps=config.num_warps, num_stages=config.num_stages
-    )
+        BLOCK_N=config.block_n, BLOCK_V=config.block_v, EDGE_V=config.edge_v,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
-def _configure(name: str, logits_NV: Tensor, launch) -> RowConfig:
+def _configure(name: str, logits_NV: Tensor, launch, *, writes: bool) -> RowConfig:
     (N, V), dtype, arch = logits_NV.shape, logits_NV.dtype, arch_of(logits_NV.device)
-    return choose((name, arch, dtype, triton.next_power_of_2(N), V), row_config(V, dtype, arch), launch)
+    return choose((name, arch, dtype, triton.next_power_of_2(N), V), row_config(V, dtype, arch, writes=writes), launch)
 
 
 def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
@@ -284,25 +539,27 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
 
 
 def _specializations(V: int, suffix: str, arch: Arch, dtype: torch.dtype) -> list[Specialization]:
-    config = row_config(V, dtype, arch)
     x, f = f"*{TYPE_NAMES[dtype]}", "*fp32"
-    common = {"labels_ptr": "*i64", "lse_ptr": f, "stride_ln": "i32", "N": "i32", "V": "i32", "ignore_index": "i32"}
-    common |= {"logits_ptr": x, "in_scale": "fp32", "out_scale": "fp32"}
-    fixed = {"stride_lv": 1, "BLOCK_N": config.block_n, "BLOCK_V": config.block_v}
-    forward = {"bias_ptr": x, "entropy_ptr": f, "top1_ptr": "*i1", "mean_ptr": f, "collision_ptr": f}
-    backward = {"bias_ptr": x, "entropy_ptr": f, "grad_entropy_ptr": f, "grad_scale_ptr": f}
+    common = {"labels_ptr": "*i64", "lse_ptr": f, "logits_ptr": x, "in_scale": "fp32", "out_scale": "fp32"}
+    common |= dict.fromkeys(SIZES, "i32")
+    forward = common | {"logp_ptr": f, "parts_ptr": f, "arrived_ptr": "*i32"}
+    backward = common | {"grad_logp_ptr": f, "out_ptr": x, "stride_on": "i32"}
+    forward_options = {"bias_ptr": x, "entropy_ptr": f, "top1_ptr": "*i1", "mean_ptr": f, "collision_ptr": f}
+    backward_options = {"bias_ptr": x, "entropy_ptr": f, "grad_entropy_ptr": f, "grad_scale_ptr": f}
 
-    def both(name, kernel, required, optional, fixed):
-        divisible = ("stride_ln", "stride_on", "V") if V % 16 == 0 else ()
-        launch = dict(num_warps=config.num_warps, num_stages=config.num_stages, divisible=divisible, sizes={"V": V})
+    def both(name, kernel, required, optional, unit_strides, writes):
+        config = row_config(V, dtype, arch, writes=writes)
+        fixed = dict.fromkeys(unit_strides, 1) | {"ALIGNED": config.block_n == 1} | launch_options(config)
+        launch = {"num_warps": fixed.pop("num_warps"), "num_stages": fixed.pop("num_stages")}
+        launch |= {"sizes": {"V": V}, "config": config}
         plain, full = {key: None for key in optional} | {"HAS_SOFTCAP": False}, {"HAS_SOFTCAP": True}
         yield Specialization(f"{name} plain{suffix}", kernel, required, fixed | plain, **launch)
         yield Specialization(f"{name} full{suffix}", kernel, required | optional, fixed | full, **launch)
 
     return [
-        *both("row_softmax_forward", row_softmax_forward_kernel, common | {"logp_ptr": f}, forward, fixed),
+        *both("row_softmax_forward", row_softmax_forward_kernel, forward, forward_options, ["stride_lv"], False),
         *both(
-            "row_softmax_backward", row_softmax_backward_kernel,
-            common | {"grad_logp_ptr": f, "out_ptr": x, "stride_on": "i32"}, backward, fixed | {"stride_ov": 1},
+            "row_softmax_backward", row_softmax_backward_kernel, backward, backward_options,
+            ["stride_lv", "stride_ov"], True,
         ),
     ]  # fmt: skip

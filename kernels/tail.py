@@ -30,10 +30,11 @@ from torch import Tensor
 from prefkern.layout import TailIndex
 
 from . import links
-from .tuning import Arch, Specialization, on_its_device
+from .tuning import Arch, Specialization, arch_of, on_its_device, register_limit
 
 MAX_PARAMS = 6  # p0..p5 of a link
 MAX_WARPS = 16
+MAX_REGISTERS = 128  # what MAX_WARPS of them leave each thread
 ELEMENTS_PER_WARP = 128
 SHORT_SEGMENT = 16  # rows, on average
 
@@ -215,18 +216,20 @@ def tail_kernel(
     )  # fmt: skip
 
 
-def tail_tile(max_group: int, num_tokens: int, num_segments: int, max_warps: int) -> tuple[dict[str, int], int]:
+def tail_tile(
+    max_group: int, num_tokens: int, num_segments: int, max_warps: int, elements_per_warp: int = ELEMENTS_PER_WARP
+) -> tuple[dict[str, int], int]:
     """Tile of chain_tail and warps that suit it: the smaller of two sizes where segments are short on average.
 
     One program reads a whole chain: a big tile keeps enough loads in flight. Segments of a few tokens (static(1))
     mean many small programs instead, where a big tile would be nearly all mask. Two sizes only: lengths may cause one
-    recompile, not one a batch. Four elements a thread is what fits in registers without spilling at any BLOCK_K.
+    recompile, not one a batch. Four elements a thread is what fits in MAX_REGISTERS at any BLOCK_K.
     """
     short = num_tokens <= SHORT_SEGMENT * num_segments
     block_k = triton.next_power_of_2(max_group)
-    most = max(1, max_warps * ELEMENTS_PER_WARP // block_k)
+    most = max(1, max_warps * elements_per_warp // block_k)
     block_t = min(most, max(16, 64 // block_k)) if short else most
-    num_warps = min(max_warps, max(1, block_k * block_t // ELEMENTS_PER_WARP))
+    num_warps = min(max_warps, max(1, block_k * block_t // elements_per_warp))
     return dict(BLOCK_K=block_k, BLOCK_T=block_t), num_warps
 
 
@@ -318,6 +321,7 @@ def tail(
         LINK=link,
         **tail_args(index, params, scale_S, margin_G, target_S, weight_G),
         **tile,
+        **register_limit(MAX_REGISTERS, arch_of(logps_N.device)),
         num_warps=num_warps,
     )
     return value_G, score_S, g_N
@@ -340,8 +344,9 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
         types, nones = tail_signature(absent=absent)
         constexprs = nones | tile | {"LINK": link, "PREFIX": prefix}
         return Specialization(
-            f"tail {name}", tail_kernel, types, constexprs, num_warps, num_stages=1, sizes={"segment_rows": mean_rows}
-        )
+            f"tail {name}", tail_kernel, types, constexprs, num_warps, num_stages=1,
+            sizes={"segment_rows": mean_rows}, limits=register_limit(MAX_REGISTERS, arch),
+        )  # fmt: skip
 
     return [
         *(one(f"link {link.__name__}", link, False, members, 1000, ["u_ptr"]) for link, members in links.LINKS),

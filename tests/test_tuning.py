@@ -18,6 +18,7 @@ from prefkern.kernels.tuning import (
     choose,
     head_config,
     row_config,
+    row_splits,
     slice_width,
     tiles_per_program,
 )
@@ -35,11 +36,11 @@ def test_the_search_takes_the_fastest_neighbour_once(monkeypatch):
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     monkeypatch.setattr(tuning, "_best", {})
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    config = RowConfig(1, 4096, num_warps=8)
+    config = RowConfig(1, 4096, 4096, num_warps=8)
     assert choose(("kernel", 1), config, print) == config and not timed
     monkeypatch.setenv("PREFKERN_AUTOTUNE", "1")
     for _ in range(2):
-        assert choose(("kernel", 1), config, print) == RowConfig(1, 4096, num_warps=16)
+        assert choose(("kernel", 1), config, print) == RowConfig(1, 4096, 4096, num_warps=16)
     assert len(timed) == len(tuning.neighbours(config))
 
 
@@ -70,7 +71,7 @@ def test_launchers_make_the_device_of_their_tensor_the_current_one(monkeypatch):
     assert len(entered) == 7
 
 
-@pytest.mark.parametrize("config", [RowConfig(64, 16, 1), HeadConfig(128, 256, 16, num_warps=16, num_stages=1)])
+@pytest.mark.parametrize("config", [RowConfig(64, 16, 16, 1), HeadConfig(128, 256, 16, num_warps=16, num_stages=1)])
 def test_neighbours_can_be_launched(config):
     found = tuning.neighbours(config)
     assert found[0] == config and len(set(found)) == len(found) > 1
@@ -159,7 +160,37 @@ def test_slices_are_whole_tiles_evenly_shared(workspace_bytes):
     assert 151_936 - (slices - 1) * width > width - slices * config.block_v
 
 
-@pytest.mark.parametrize("V", [2, 507, 1031, 128_256])
-def test_short_rows_share_a_program(V):
-    config = row_config(V, torch.bfloat16, ARCHS["sm_90"])
+@ARCH
+@pytest.mark.parametrize("writes", [False, True], ids=["reads", "writes"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("V", [1, 2, 507, 1031, 5000, 128_256])
+def test_short_rows_share_a_program(V, dtype, writes, arch):
+    config = row_config(V, dtype, arch, writes=writes)
     assert config.block_n * config.block_v >= 1024 and (config.block_n == 1 or config.block_v >= V)
+    assert config.num_warps * arch.warp_size in (128, 256) and config.block_v % config.edge_v == 0
+    assert config.edge_v == config.block_v or config.edge_v * dtype.itemsize == 16 * config.num_warps * arch.warp_size
+
+
+@ARCH
+@pytest.mark.parametrize("V", [32_000, 128_256, 129_920, 151_936, 262_144])
+@pytest.mark.parametrize("N", [1, 8, 64, 500, 1024, 8192, 65_536, 1 << 20])
+def test_row_programs_fill_the_chip(N, V, arch):
+    """Few rows make as many programs as there are processors, where their tiles allow; many rows one each."""
+    config = row_config(V, torch.bfloat16, arch, writes=False)
+    splits, tiles = row_splits(N, V, config, arch), triton.cdiv(V, config.block_v)
+    each = triton.cdiv(tiles, splits)
+    assert 1 <= splits <= tuning.MAX_ROW_SPLITS and (splits - 1) * each < tiles  # the last one is not empty
+    assert N * splits >= arch.num_sms or splits > min(tiles, tuning.MAX_ROW_SPLITS) // 2
+    assert splits == 1 if N >= 1 << 14 else each >= 4 or N * splits <= 6 * arch.num_sms
+
+
+def test_64_rows_of_128k_fill_132_processors_three_times():
+    arch = ARCHS["sm_90"]
+    for writes in (False, True):
+        config = row_config(128_256, torch.bfloat16, arch, writes=writes)
+        assert 64 * row_splits(64, 128_256, config, arch) >= 3 * 132
+
+
+def test_the_number_of_rows_gives_few_numbers_of_splits():
+    config = row_config(128_256, torch.bfloat16, ARCHS["sm_90"], writes=False)
+    assert {row_splits(N, 128_256, config, ARCHS["sm_90"]) for N in range(1, 20_000)} <= {1, 2, 4, 8, 16}
