@@ -1,5 +1,6 @@
 """Options of the benchmarks."""
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from bench.shapes import MODELS, TOKENS, Shape
@@ -17,7 +18,7 @@ def _listed(known, convert=str):
         values = [convert(part) for part in text.split(",")]
         unknown = [str(value) for value in values if known is not None and value not in known]
         if unknown:
-            raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join(map(str, known))}")
+            raise ArgumentTypeError(f"unknown {', '.join(unknown)}; known are {', '.join(map(str, known))}")
         return values
 
     return parse
@@ -26,15 +27,17 @@ def _listed(known, convert=str):
 def add_options(add) -> None:
     """The options, by `add_argument` of a parser or `addoption` of pytest's."""
     known = (*SUITES, "trainer")
+    passes = dict.fromkeys(kind for suite in SUITES.values() for kind in suite.flops)
+    providers = dict.fromkeys(name for suite in SUITES.values() for name in suite.providers)
     add(
         "--suite", type=_listed(known), default=list(USUAL_SUITES), help=f"of {', '.join(known)}; models when asked for"
     )
-    add("--shape", type=_shape, default=None, action="append", help="N,D,V of head, dpo and tail; repeatable")
+    add("--shape", type=_shape, action="append", help="N,D,V of the suites without shapes of their own; repeatable")
     add("--model", type=_listed(MODELS), default=list(MODELS), help=f"of {', '.join(MODELS)}, for the models suite")
     add("--tokens", type=_listed(None, int), default=list(TOKENS), help="N of the models suite")
     add("--dtype", type=_listed(("bf16", "fp32")), default=[], help="bf16,fp32; the suites' own unless set")
-    add("--passes", type=_listed(None), default=[], help="forward,frozen,trained; the suites' own unless set")
-    add("--providers", type=_listed(None), default=[], help="only these, and those that run only by name")
+    add("--passes", type=_listed(passes), default=[], help=f"of {', '.join(passes)}; the suites' own unless set")
+    add("--providers", type=_listed(providers), default=[], help=f"of {', '.join(providers)}; some only run by name")
     add("--rounds", type=int, default=0, help="times that each provider is run, the suites' own unless set")
     add("--left-out", type=Path, default=None, help="file to append to what was not timed and why, as JSON lines")
 

@@ -73,7 +73,9 @@ def _versions(r: Record) -> str:
 
 
 def _columns(suite: str) -> tuple[str, ...]:
-    return (*COLUMNS, "tokens/s") if suite == "trainer" else COLUMNS
+    if suite != "trainer":
+        return COLUMNS
+    return (*("x TRL" if name == "x torch" else name for name in COLUMNS), "tokens/s")
 
 
 def _row(r: Record) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from argparse import ArgumentTypeError
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_what_does_not_fit_is_left_out_and_said_to_be(monkeypatch, tmp_path):
 def test_unknown_names_are_errors():
     parse = conftest._listed(SUITES)
     assert parse("head,dpo") == ["head", "dpo"]
-    with pytest.raises(ValueError, match="unknown hade"):
+    with pytest.raises(ArgumentTypeError, match="unknown hade; known are head, dpo"):
         parse("hade")
 
 
