@@ -55,7 +55,7 @@ setup(
     ],
     extras_require={
         # `kernels` is Hugging Face's: its name is that of our folder. trl is what the losses are compared with.
-        "test": ["kernels", "pytest>=8.1", "trl>=1.16; python_version >= '3.11'"],
+        "test": ["hypothesis>=6.100", "kernels", "pytest>=8.1", "trl>=1.16; python_version >= '3.11'"],
         # What the head is timed against; each is left out of the table where it is not installed.
         "bench": [
             "cut-cross-entropy>=25.1",
