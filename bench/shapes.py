@@ -55,9 +55,9 @@ def model_shapes(models: list[str], tokens: list[int]) -> list[Shape]:
     return [MODELS[model]._replace(model=model, n=n) for n in tokens for model in models]
 
 
-def scaling_shapes(longest: int = 4096) -> list[Shape]:
-    """The standard shape with another N, up to `longest`, or another V."""
-    shapes = [Shape(n=n) for n in SCALING_N if n <= longest] + [Shape(v=v) for v in SCALING_V]
+def scaling_shapes() -> list[Shape]:
+    """The standard shape with another N, or another V."""
+    shapes = [Shape(n=n) for n in SCALING_N] + [Shape(v=v) for v in SCALING_V]
     return list(dict.fromkeys(shapes))
 
 

@@ -169,7 +169,9 @@ def test_cases_follow_the_options(monkeypatch):
     found = [case for case, why in bench_suites.cases(options(suite=["scaling"])) if why is None]
     ours = {(case.shape.n, case.shape.v) for case in found if case.provider == "prefkern"}
     assert ours == {(shape.n, shape.v) for shape in shapes.scaling_shapes()}
-    assert {case.kind for case in found if case.provider == "cross_entropy"} == {"frozen"}
+    peers = [case for case in found if case.provider == "cross_entropy"]
+    assert {case.kind for case in peers} == {"frozen"} and max(case.shape.n for case in peers) == 4096
+    assert ("matmul", 8192) in {(case.provider, case.shape.n) for case in found}
 
 
 def test_what_does_not_fit_is_left_out_and_said_to_be(monkeypatch, tmp_path):
