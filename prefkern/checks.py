@@ -15,16 +15,8 @@ from torch import Tensor
 from prefkern.granularity import Adaptive, Static
 from prefkern.layout import Layout
 from prefkern.losses.base import Loss, PairLoss, loss_class
-from prefkern.preference import (
-    Given,
-    PreferenceOutput,
-    _eager_tail,
-    _finish,
-    _prepare,
-    _share,
-    _with_token_kl,
-    preference_loss,
-)
+from prefkern.preference import preference_loss
+from prefkern.preference_tail import Given, PreferenceOutput, eager_tail, finish, prepare, share, with_token_kl
 
 _CHOSEN, _REJECTED, _SINGLE = (5, 1, 8, 3), (2, 4, 8, 6), (5, 2, 9, 4)
 _LISTS, _GROUPS = (5, 1, 8, 3, 2, 4, 6, 7, 3), (3, 1, 5)
@@ -168,14 +160,14 @@ class _Frozen:
         )
         self.tails = []
         for weight, part, _ in loss.addends():
-            share, device = _share(given, part), batch.logps.device
-            tail = _prepare(batch.layout, part, device, torch.float64, share, None, batch.logps)
-            self.tails.append((weight, tail, share.token_kl_N))
+            own, device = share(given, part), batch.logps.device
+            tail = prepare(part.segmented(batch.layout), part, device, torch.float64, own, None, batch.logps)
+            self.tails.append((weight, tail, own.token_kl_N))
 
     def __call__(self, logps: Tensor) -> Tensor:
         def one(tail, kl_N: Tensor | None) -> Tensor:
-            x = _with_token_kl(logps, kl_N, tail)
-            return _finish(_eager_tail(x, tail)[0], None, logps.detach(), tail, None, {}).loss
+            x = with_token_kl(logps, kl_N, tail)
+            return finish(eager_tail(x, tail)[0], None, logps.detach(), tail, None, {}).loss
 
         return sum(weight * one(tail, kl_N) for weight, tail, kl_N in self.tails)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 Accumulate = Literal["segment", "prefix"]
+
+_numbers = itertools.count()
+_LIVE: weakref.WeakValueDictionary[int, Layout] = weakref.WeakValueDictionary()
 
 
 class TailIndex(NamedTuple):
@@ -53,6 +57,14 @@ class TailIndex(NamedTuple):
         )
 
 
+class Part(NamedTuple):
+    """Some neighbouring prompts of a layout, and where they lie in it."""
+
+    layout: Layout  # of them alone
+    rows: slice
+    responses: slice
+
+
 @dataclass(frozen=True)
 class Layout:
     """Packed responses, cut into segments, the segments gathered into groups.
@@ -64,6 +76,9 @@ class Layout:
 
     Build one with `Layout.pairs`, `Layout.groups` or `Layout.sequences`; cut it with `static`, `adaptive` or
     `split_at`. It lives on the host; `index(device)` copies it to a device once, in one transfer.
+
+    Under torch.compile build it outside and pass it in: there its `handle`, a 0-dim int64 tensor on the host, stands
+    for it, so that no number in it becomes a constant of the graph.
     """
 
     lengths: tuple[int, ...]  # tokens of each response
@@ -85,6 +100,13 @@ class Layout:
             self._check_segments()
         if self.accumulate not in ("segment", "prefix"):
             raise ValueError(f"accumulate={self.accumulate!r} must be 'segment' or 'prefix'")
+        number = next(_numbers)
+        _LIVE[number] = self
+        with torch.inference_mode(False):
+            object.__setattr__(self, "handle", torch.tensor(number, device="cpu"))
+
+    def __reduce__(self):
+        return Layout, (self.lengths, self.group_sizes, self.segment_lengths, self.accumulate)  # a handle of its own
 
     def _check_segments(self) -> None:
         if tuple(map(sum, self.segment_lengths)) != self.lengths:
@@ -92,6 +114,18 @@ class Layout:
         for first, size in zip(self.prompt_starts, self.group_sizes):
             if len({len(segments) for segments in self.segment_lengths[first : first + size]}) > 1:
                 raise ValueError("the responses of a prompt must have the same number of segments")
+
+    @staticmethod
+    def of_handle(handle: Tensor) -> Layout:
+        """The layout whose `handle` this is.
+
+        Raises:
+            RuntimeError: nothing refers to that layout any more.
+        """
+        layout = _LIVE.get(int(handle))
+        if layout is None:
+            raise RuntimeError("the layout of this call is gone; keep a reference to it until the call has returned")
+        return layout
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -256,6 +290,33 @@ class Layout:
     def prompt_starts(self) -> tuple[int, ...]:
         """(P,) number of each prompt's first response."""
         return tuple(itertools.accumulate(self.group_sizes, initial=0))[:-1]
+
+    @cached_property
+    def rows_per_prompt(self) -> tuple[int, ...]:
+        """(P,) packed rows of each prompt."""
+        return tuple(sum(self.lengths[i : i + k]) for i, k in zip(self.prompt_starts, self.group_sizes))
+
+    def runs(self, max_rows: int) -> list[slice]:
+        """The prompts in order, in runs of as many whole ones as have at most max_rows rows; a longer one is alone."""
+        edges, rows = [], max_rows + 1
+        for prompt, more in enumerate(self.rows_per_prompt):
+            rows += more
+            if rows > max_rows:
+                edges.append(prompt)
+                rows = more
+        return [slice(a, b) for a, b in itertools.pairwise([*edges, self.num_prompts])]
+
+    def prompts(self, run: slice) -> Part:
+        """The prompts run.start to run.stop, cut as they are here."""
+        starts = (*self.prompt_starts, self.num_responses)
+        responses = slice(starts[run.start], starts[run.stop])
+        first = sum(self.lengths[: responses.start])
+        lengths = self.lengths[responses]
+        segments = self.segment_lengths[responses] if self.is_cut else None
+        part = replace(
+            self, lengths=lengths, group_sizes=self.group_sizes[run], segment_lengths=segments, _device_index={}
+        )
+        return Part(part, slice(first, first + sum(lengths)), responses)
 
     def index(self, device: torch.device | str) -> TailIndex:
         """The layout on a device, copied there in one transfer and kept for the next call."""

@@ -238,7 +238,9 @@ def plan(
     chosen = Plan(row, shape, workspace, dtype.itemsize, "", grad_hidden, rank, grad_low, device.type)
     if group_rows is not None and row in LOCAL:
         rows, least = chosen.rows_per_chunk, _LOCAL_ROWS.get(device.type, _LOCAL_ROWS_ON_DEVICE)
-        if group_rows > rows:
+        if dtype == torch.float16:
+            how += "; fp16 gradients are rounded after the loss is scaled, so not with its value"
+        elif group_rows > rows:
             how += f"; the largest group, {group_rows} rows, exceeds a chunk of {rows}"
         elif grad_weight and rows < min(shape[0], least):
             how += f"; chunks of {rows} rows are too small to add to dweight for each ({least} are not)"

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from prefkern import reference
-from prefkern.diagnostics import gradient_ratios
-from prefkern.head import IGNORE_INDEX, Head
-from prefkern.layout import Layout, TailIndex
-from prefkern.losses.base import Batch, Loss
-from prefkern.planner import require_triton, uses_triton
+from prefkern import rows as torch_rows
+from prefkern.group_local import Differentiated, Known, Operands, walk
+from prefkern.head import IGNORE_INDEX, Head, LoRA, RowStats
+from prefkern.layout import Layout
+from prefkern.losses.base import Loss
+from prefkern.planner import LOCAL, Plan, uses_triton
+from prefkern.preference_tail import (
+    Given,
+    PreferenceOutput,
+    Promptwise,
+    Tail,
+    check_tail,
+    finish,
+    loss_of_logps,
+    prepare,
+)
 from prefkern.token_logps import (
+    HiddenCall,
     LogitsCall,
     TokenLogpsOutput,
+    autocast_head,
+    check_head,
+    check_labels,
     check_logits,
     check_outputs,
     first_order_only,
@@ -25,67 +38,12 @@ from prefkern.token_logps import (
     logits_rows,
     logits_token_logps,
     must_keep,
+    plan_head,
     token_logps,
 )
 
 # Metrics that are means over counted tokens (the others are over prompts), and the token_logps output each is made of.
 TOKEN_METRICS = {"entropy": "entropy", "mean_token_accuracy": "is_top1", "logits/mean": "mean_logit", "lse": "lse"}
-
-
-class PreferenceOutput(NamedTuple):
-    """A loss to call backward on, and what happened, all on the device; reading a metric is the caller's host sync."""
-
-    loss: Tensor  # 0-dim, fp32
-    metrics: dict[str, Tensor]  # 0-dim each, detached
-    logps: Tensor  # (N,) per-token log-probabilities in nats, detached
-    scores: Tensor  # (S,) segment scores in group order (see Layout), detached
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a call brings beside log-probabilities and layout; constants under differentiation, except token_kl."""
-
-    ref_logps_N: Tensor | None = None
-    token_weights_N: Tensor | None = None
-    mask_N: Tensor | None = None
-    target_R: Tensor | None = None
-    mismatched_R: Tensor | None = None
-    stats: Mapping[str, Tensor] = field(default_factory=dict)
-    token_kl_N: Tensor | None = None
-    vocab_size: int | None = None
-    diagnostics: bool = False
-
-
-@dataclass(frozen=True)
-class _Tail:
-    """One loss's constants, as the tail wants them."""
-
-    loss: Loss
-    batch: Batch
-    index: TailIndex
-    ref_logps_N: Tensor | None
-    scale_R: Tensor | None
-    margin: float | Tensor
-    target_R: Tensor | None
-    weight_G: Tensor | None
-    diagnostics: bool = False
-
-    def of_segments(self, values_R: Tensor | None) -> Tensor | None:
-        """(S,) values of each segment's response."""
-        return None if values_R is None else values_R[self.index.response_of_segment_S]
-
-    @property
-    def kernel_arguments(self) -> dict[str, Tensor | None]:
-        """Keyword arguments that tail and fused_logits share."""
-        margin_G = self.margin
-        if not isinstance(margin_G, Tensor):
-            groups, device = self.batch.layout.num_groups, self.batch.count_R.device
-            margin_G = torch.full((groups,), margin_G, device=device) if margin_G != 0 else None
-        return {
-            "ref_logps_N": self.ref_logps_N, "token_weights_N": self.batch.weights_N,
-            "scale_S": self.of_segments(self.scale_R), "margin_G": margin_G,
-            "target_S": self.of_segments(self.target_R), "weight_G": self.weight_G,
-        }  # fmt: skip
 
 
 def preference_loss(
@@ -152,7 +110,7 @@ def preference_loss(
         Each loss's docstring names its own.
     """
     given = Given(ref_logps, token_weights, mask, targets, mismatched, stats or {}, token_kl, vocab_size, diagnostics)
-    return _preference_loss(logps, layout, loss, given, normalizer, impl, state)
+    return loss_of_logps(logps, layout, loss, given, normalizer, impl, state)
 
 
 def linear_preference_loss(
@@ -179,37 +137,102 @@ def linear_preference_loss(
     state: nn.Module | None = None,
     on_policy: bool = False,
     diagnostics: bool = False,
+    lora: LoRA | None = None,
+    ref_hidden: Tensor | None = None,
+    filter_eps: float | None = None,
 ) -> PreferenceOutput:
     """`preference_loss` of hidden states under a head, without the logits.
 
+    Where the head trains and the loss is a sum over prompts, each of which fits the workspace, the gradients are made
+    with the value, and every logit is computed once: see `planner.GROUP_LOCAL`.
+
     Args:
         hidden: (N, D) states that predict the packed response tokens; weight (V, D), labels (N,), bias, softcap,
-            logit_scale, temperature, ignore_index, outputs, impl, workspace_bytes: as in `token_logps`.
+            logit_scale, temperature, ignore_index, outputs, impl, workspace_bytes, lora, filter_eps: as in
+            `token_logps`.
         layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state, diagnostics: as in
             `preference_loss`. Rows with ignore_index count nowhere.
         on_policy: in place of ref_logps, compare with the policy itself, held constant: every log-ratio is 0 and only
             carries the gradient.
+        ref_hidden: in place of ref_logps, the reference model's states under the same head without the adapter.
     Returns:
         PreferenceOutput; metrics as in `preference_loss`, and means over counted tokens of what `outputs` names:
         entropy (nats), mean_token_accuracy (of is_top1), logits/mean, lse.
     """
     if on_policy and ref_logps is not None:
         raise ValueError("on_policy=True makes the policy its own reference, but ref_logps were given; leave them out")
-    out = token_logps(
-        hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
-        ignore_index=ignore_index, outputs=(*outputs, *_row_outputs(loss)), impl=impl, workspace_bytes=workspace_bytes,
-    )  # fmt: skip
+    if ref_hidden is not None and (on_policy or ref_logps is not None):
+        other = "on_policy=True" if on_policy else "ref_logps"
+        raise ValueError(f"ref_hidden are a reference's, and so is {other}; pass one of them")
+    head = {
+        "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature, "ignore_index": ignore_index,
+    }  # fmt: skip
+    want = (*((outputs,) if isinstance(outputs, str) else outputs), *_row_outputs(loss))
     given = Given(
-        out.logps.detach() if on_policy else ref_logps,
+        ref_logps,
         token_weights,
-        labels != ignore_index,
+        (labels != ignore_index).reshape(-1),
         targets,
         mismatched,
         token_kl_N=token_kl,
         vocab_size=weight.shape[0],
         diagnostics=diagnostics,
     )
+    trained = any(t is not None and t.requires_grad for t in (weight, bias, None if lora is None else lora.b))
+    if not torch.compiler.is_compiling() and trained and filter_eps is None and Promptwise.serves(loss, given, state):
+        operands, plan = _plan_local(hidden, weight, bias, labels, lora, layout, ignore_index, impl, workspace_bytes)
+        if plan is not None:
+            if ref_hidden is not None:
+                with torch.no_grad():
+                    ref = token_logps(ref_hidden, weight, labels, bias, **head, workspace_bytes=workspace_bytes)
+                given = replace(given, ref_logps_N=ref.logps.reshape(-1))
+            call = HiddenCall(
+                Head(**head), check_outputs(want), torch_rows.implementation(weight.device, operands.hidden.dtype), plan
+            )
+            return _loss_by_prompts(operands, labels.reshape(-1), layout, loss, given, normalizer, call, on_policy)
+    out = token_logps(
+        hidden, weight, labels, bias, **head, outputs=want, impl=impl, workspace_bytes=workspace_bytes, lora=lora,
+        ref_hidden=ref_hidden, filter_eps=filter_eps,
+    )  # fmt: skip
+    if ref_hidden is not None:
+        ref_logps = out.ref_logps.reshape(-1)
+    given = replace(given, ref_logps_N=out.logps.detach().reshape(-1) if on_policy else ref_logps)
     return _from_token_logps(out, layout, loss, given, normalizer, tail_impl(impl), state)
+
+
+def _plan_local(
+    hidden, weight, bias, labels, lora: LoRA | None, layout: Layout, ignore_index: int, impl: str, workspace_bytes
+) -> tuple[Operands | None, Plan | None]:
+    """What `token_logps` would multiply, and the plan, if whole prompts at a time are what the planner chooses."""
+    fits = labels.numel() == layout.num_tokens > 0
+    if not fits or impl not in ("auto", "chunked") or not torch.is_grad_enabled():
+        return None, None
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    check_head(hidden, weight, bias, labels)
+    check_labels(labels, weight.shape[0], ignore_index)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    low, low_weight = (None, None) if lora is None else lora.factors(hidden, weight)
+    group_rows = max(layout.rows_per_prompt)
+    plan = plan_head(hidden, weight, bias, impl, workspace_bytes, low, low_weight, group_rows)
+    return (Operands(hidden, weight, bias, low, low_weight), plan) if plan.row in LOCAL.values() else (None, None)
+
+
+def _loss_by_prompts(operands, labels_N, layout, loss, given: Given, normalizer, call: HiddenCall, on_policy: bool):
+    """The loss with its gradients, in chunks of whole prompts; its value and metrics are made as anywhere else."""
+    runs = layout.runs(call.plan.rows_per_chunk)
+    promptwise = Promptwise(layout, loss, given, normalizer, "auto", own_reference=on_policy)
+    names = _row_outputs(loss)
+
+    def upstream(number: int, stats: RowStats) -> Tensor:
+        return promptwise.gradient(runs[number], stats.logps, {name: getattr(stats, name) for name in names})
+
+    chunks = [layout.prompts(run).rows for run in runs]
+    stats, gradients = walk(operands, labels_N, call.head, call.plan, call.flags, call.rows, chunks, upstream)
+    out = TokenLogpsOutput(stats.logps, **{name: getattr(stats, name) for name in call.want})
+    given = replace(given, ref_logps_N=out.logps if on_policy else given.ref_logps_N)
+    with torch.no_grad():
+        result = _from_token_logps(out, layout, loss, given, normalizer, "auto", None)
+    return result._replace(loss=Differentiated.apply(Known(result.loss, gradients), *operands))
 
 
 def logits_preference_loss(
@@ -271,45 +294,22 @@ def logits_preference_loss(
     check_logits(logits, labels, ignore_index)
     logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     given = replace(given, mask_N=given.mask_N.reshape(-1))
-    _check_tail(labels, layout, loss, given)
-    tail = _prepare(layout, loss, logits.device, torch.float32, given, state)
+    check_tail(labels, layout, loss, given)
+    tail = prepare(loss.segmented(layout), loss, logits.device, torch.float32, given, state)
     head = Head(softcap, logit_scale, temperature, ignore_index)
     call = LogitsCall(head, want, logits_rows(impl, logits), keep_logits or must_keep(logits))
     summed, score_S, *stats = FusedLogits.apply(logits, labels, tail, call)
     out = TokenLogpsOutput(
         stats[0], entropy=stats[2], is_top1=stats[3], mean_logit=stats[4], lse=stats[1] if "lse" in want else None
     )
-    return _finish(summed, score_S, out.logps, tail, normalizer, _row_metrics(out, given.mask_N))
-
-
-class PreferenceTail(torch.autograd.Function):
-    """logps -> (sum of weighted group values, segment scores), by the tail kernel; g_N is made in forward."""
-
-    @staticmethod
-    def forward(ctx, logps, call: _Tail):
-        from prefkern.kernels import links, tail
-
-        value_G, score_S, g_N = tail.tail(
-            logps.detach(), call.index, links.find(call.loss.link), call.loss.link_params(),
-            want_grad=ctx.needs_input_grad[0], **call.kernel_arguments,
-        )  # fmt: skip
-        ctx.save_for_backward(logps, g_N)
-        ctx.mark_non_differentiable(score_S)
-        return value_G.sum(), score_S
-
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        logps, g_N = ctx.saved_tensors
-        with torch.no_grad():
-            dlogps = g_N * grad_loss
-        return *first_order_only((dlogps,), (logps,)), None
+    return finish(summed, score_S, out.logps, tail, normalizer, _row_metrics(out, given.mask_N))
 
 
 class FusedLogits(torch.autograd.Function):
     """logits -> (sum of weighted group values, segment scores, row statistics), one launch each way."""
 
     @staticmethod
-    def forward(ctx, logits, labels, tail: _Tail, call: LogitsCall):
+    def forward(ctx, logits, labels, tail: Tail, call: LogitsCall):
         from prefkern.kernels import fused_logits, links
 
         stats, value_G, score_S, g_N = fused_logits.fused_logits_forward(
@@ -349,175 +349,9 @@ def _from_token_logps(out, layout, loss, given: Given, normalizer, impl, state) 
     flat = TokenLogpsOutput(*(None if t is None else t.reshape(-1) for t in out))
     stats = {name: getattr(flat, name) for name in _row_outputs(loss)}
     given = replace(given, mask_N=given.mask_N.reshape(-1), stats=stats)
-    result = _preference_loss(flat.logps, layout, loss, given, normalizer, impl, state)
+    result = loss_of_logps(flat.logps, layout, loss, given, normalizer, impl, state)
     result.metrics.update(_row_metrics(flat, given.mask_N))
     return result
-
-
-def _preference_loss(logps, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:
-    if loss.is_one:
-        return _one_loss(logps, layout, loss, given, normalizer, impl, state)
-    addends = loss.addends(state)
-    normalizers = [None] * len(addends) if normalizer is None else _listed(normalizer)
-    if len(normalizers) != len(addends):
-        raise ValueError(
-            f"{loss.name} has {len(addends)} addends ({', '.join(term.loss.name for term in addends)}), but"
-            f" {len(normalizers)} normalizer(s) were given; pass one for each, as loss.normalizers counts them"
-        )
-    loss.check_layout(layout)
-    _check_diagnostics(loss, given)
-    results = [
-        _one_loss(logps, layout, term.loss, _share(given, term.loss), own, impl, term.state)
-        for term, own in zip(addends, normalizers)
-    ]
-    total = sum(term.weight * result.loss for term, result in zip(addends, results))
-    metrics: dict[str, Tensor] = {}
-    for term, result in zip(addends, results):
-        again = sum(name.split("#")[0] == f"loss/{term.loss.name}" for name in metrics)
-        metrics[f"loss/{term.loss.name}" + f"#{again + 1}" * bool(again)] = result.loss.detach()
-    return PreferenceOutput(total, {**results[0].metrics, **metrics}, logps.detach(), results[0].scores)
-
-
-def _listed(normalizer: float | Tensor | Sequence[float | Tensor]) -> list[float | Tensor]:
-    several = isinstance(normalizer, Sequence) or isinstance(normalizer, Tensor) and normalizer.dim() > 0
-    return list(normalizer) if several else [normalizer]
-
-
-def _share(given: Given, loss: Loss) -> Given:
-    """What one addend looks at: the others' reference and targets are not its concern."""
-    return replace(
-        given,
-        ref_logps_N=given.ref_logps_N if loss.needs_reference else None,
-        target_R=given.target_R if loss.target_kind else None,
-        mismatched_R=given.mismatched_R if loss.needs_mismatched else None,
-        token_kl_N=given.token_kl_N if loss.needs_token_kl else None,
-        diagnostics=given.diagnostics and loss.arity == "pair",
-    )
-
-
-def _one_loss(logps, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:
-    _check_tail(logps, layout, loss, given)
-    tail = _prepare(layout, loss, logps.device, reference.accumulator(logps.dtype), given, state, logps)
-    x = _with_token_kl(logps, given.token_kl_N, tail)
-    if _use_triton(impl, logps):
-        summed, score_S = PreferenceTail.apply(x, tail)
-    else:
-        summed, score_S = _eager_tail(x, tail)
-    return _finish(summed, score_S, logps.detach(), tail, normalizer, {}, x.detach())
-
-
-def _with_token_kl(logps: Tensor, kl_N: Tensor | None, tail: _Tail) -> Tensor:
-    """What the loss adds up: log-probabilities, and its share of the divergence where it has one."""
-    if kl_N is None:
-        return logps
-    weights_N = tail.batch.weights_N
-    kl_N = kl_N if weights_N is None else torch.where(weights_N != 0, kl_N, 0.0)
-    return tail.loss.with_token_kl(logps, kl_N, tail.batch.index)
-
-
-def _prepare(layout, loss, device, wide: torch.dtype, given: Given, state, logps=None) -> _Tail:
-    layout = loss.segmented(layout)
-    index = layout.index(device)
-    with torch.no_grad():
-        ref_logps, weights, target_R, mismatched_R = (
-            None if t is None else t.detach().to(wide)
-            for t in (given.ref_logps_N, given.token_weights_N, given.target_R, given.mismatched_R)
-        )
-        mask = None if given.mask_N is None else given.mask_N.bool()
-        if mask is None:
-            count_R = index.response_offsets.diff().to(wide)
-        else:
-            weights = mask.to(wide) if weights is None else torch.where(mask, weights, 0.0)
-            count_R = reference.span_sums(mask.to(wide), index.response_offsets)
-        stats = {name: t.detach().to(wide) for name, t in given.stats.items()}
-        batch = Batch(layout, index, count_R, mask, weights, target_R, mismatched_R, stats, state, given.vocab_size)
-        factor_N = loss.token_factor(batch)
-        if factor_N is not None:
-            weights = factor_N if weights is None else weights * factor_N
-            batch = replace(batch, weights_N=weights)
-        if loss.needs_first_pass:
-            first = logps.detach().to(wide)
-
-            def sums(x_N: Tensor, ref_N: Tensor | None = None) -> Tensor:
-                return reference.span_sums(reference.log_ratios(x_N, ref_N, weights), index.response_offsets)
-
-            logp_R = sums(first)
-            ref_R = torch.zeros_like(logp_R) if ref_logps is None else sums(ref_logps)
-            ratio_R = logp_R if ref_logps is None else sums(first, ref_logps)
-            batch = replace(batch, logps_N=first, logp_R=logp_R, ref_R=ref_R, ratio_R=ratio_R)
-        scale_R, margin, target_R = loss.scale(batch), loss.margin(batch), loss.target(batch)
-        tail_index = loss.regroup(batch)
-        weight_G = _alive(layout, tail_index, weights, wide)
-        own_G = loss.group_weight(batch)
-        own_G = None if own_G is None else own_G.to(wide)
-        weight_G = own_G if weight_G is None else weight_G if own_G is None else weight_G * own_G
-        return _Tail(loss, batch, tail_index, ref_logps, scale_R, margin, target_R, weight_G, given.diagnostics)
-
-
-def _alive(layout: Layout, index: TailIndex, weights_N: Tensor | None, wide: torch.dtype) -> Tensor | None:
-    """(G,) 1, or 0 where no token of the group counts: nothing was compared, so nothing is lost. None: 1 everywhere."""
-    if weights_N is not None:
-        sums = reference.span_sums((weights_N != 0).to(wide), index.row_order_offsets)
-        tokens_S = torch.empty_like(sums).index_copy(0, index.token_order_S, sums)
-    elif layout.has_empty_group or index is not layout.index(index.group_offsets.device):  # regrouped: empty with empty
-        tokens_S = (index.segment_end_S - index.segment_start_S).to(wide)
-    else:
-        return None
-    return (reference.span_sums(tokens_S, index.group_offsets) > 0).to(wide)
-
-
-def _eager_tail(logps: Tensor, tail: _Tail) -> tuple[Tensor, Tensor]:
-    d = reference.log_ratios(logps, tail.ref_logps_N, tail.batch.weights_N)
-    score_S = reference.segment_scores(d, tail.index, tail.scale_R, tail.batch.layout.segments_per_response)
-    score_GK, valid_GK = reference.pad_groups(score_S, tail.index)
-    targets = ()
-    if tail.loss.link_targets:
-        targets = reference.pad_groups(tail.of_segments(tail.target_R), tail.index)[0], valid_GK
-    value_G = tail.loss.eager(score_GK, tail.margin, *targets)
-    return (value_G if tail.weight_G is None else value_G * tail.weight_G).sum(), score_S.detach()
-
-
-def _finish(summed, score_S, logps_N, tail: _Tail, normalizer, metrics, x_N=None) -> PreferenceOutput:
-    batch = tail.batch
-    if normalizer is None:
-        normalizer = tail.loss.normalizer(batch.layout, batch.count_R)
-    else:
-        *others, normalizer = _listed(normalizer)
-        if others:
-            raise ValueError(f"{tail.loss.name} has one addend, but {len(others) + 1} normalizers were given")
-    with torch.no_grad():
-        d = reference.log_ratios(logps_N if x_N is None else x_N, tail.ref_logps_N, batch.weights_N)
-        score_R = reference.span_sums(d, batch.index.response_offsets)
-        score_R = score_R if tail.scale_R is None else score_R * tail.scale_R
-        logp_R = _counted_sums(logps_N, batch)
-        own = tail.loss.metrics(score_R, logp_R, batch)
-        if tail.diagnostics:
-            own.update(_gradient_ratios(logps_N if x_N is None else x_N, logp_R, tail))
-    return PreferenceOutput(summed / normalizer, {**own, **metrics}, logps_N, score_S)
-
-
-def _counted_sums(values_N: Tensor, batch: Batch) -> Tensor:
-    """(R,) sums over each response's counted tokens, whatever their weights."""
-    kept_N = values_N if batch.mask_N is None else torch.where(batch.mask_N, values_N, 0.0)
-    return reference.span_sums(kept_N, batch.index.response_offsets)
-
-
-def _gradient_ratios(x_N: Tensor, logp_R: Tensor, tail: _Tail) -> dict[str, Tensor]:
-    batch, offsets, before = tail.batch, tail.batch.index.response_offsets, tail.loss.uncorrected()
-    ref_R = None if tail.ref_logps_N is None else _counted_sums(tail.ref_logps_N, batch)
-
-    def ratios(tail: _Tail, suffix: str) -> dict[str, Tensor]:
-        x = x_N.detach().requires_grad_()
-        with torch.enable_grad():
-            (g_N,) = torch.autograd.grad(_eager_tail(x, tail)[0], x)
-        grad_R = reference.span_sums(g_N, offsets) / batch.count_R.clamp(min=1)
-        return gradient_ratios(grad_R, logp_R, batch.count_R, ref_R, suffix)
-
-    out = ratios(tail, "")
-    if before is not None:
-        tail = replace(tail, loss=before, scale_R=before.scale(batch), target_R=before.target(batch))
-        out.update(ratios(tail, "_before"))
-    return out
 
 
 def _row_metrics(out: TokenLogpsOutput, mask: Tensor) -> dict[str, Tensor]:
@@ -527,58 +361,3 @@ def _row_metrics(out: TokenLogpsOutput, mask: Tensor) -> dict[str, Tensor]:
         return {
             name: value.detach().sum(dtype=torch.float32) / count for name, value in values.items() if value is not None
         }
-
-
-def _use_triton(impl: str, logps: Tensor) -> bool:
-    if impl not in ("auto", "triton", "eager"):
-        raise ValueError(f"impl={impl!r} must be one of auto, triton, eager")
-    if impl == "triton":
-        require_triton(logps.device, logps.dtype)
-        return True
-    return impl == "auto" and uses_triton(logps.device, logps.dtype)
-
-
-def _check_diagnostics(loss: Loss, given: Given) -> None:
-    if given.diagnostics and torch.is_inference_mode_enabled():
-        raise ValueError("diagnostics differentiate, which torch.inference_mode forbids; use torch.no_grad")
-    if given.diagnostics and loss.arity != "pair":
-        raise ValueError(
-            f"diagnostics compare the responses of a pair, but {loss.name} is not of pairs; leave them out"
-        )
-
-
-def _check_tail(rows_N: Tensor, layout: Layout, loss: Loss, given: Given) -> None:
-    loss.check_layout(layout)
-    _check_diagnostics(loss, given)
-    needs = (
-        (loss.needs_reference, given.ref_logps_N, "compares with a reference", "uses no reference", "ref_logps",
-         "(N,) from token_logps of the reference model"),
-        (loss.target_kind, given.target_R, "reads targets", "reads no targets", "targets",
-         f"(R,), a {loss.target_kind} of each response"),
-        (loss.needs_mismatched, given.mismatched_R, "needs a baseline", "needs no baseline", "mismatched",
-         "log-ratio sums of prompts with other prompts' responses"),
-        (loss.needs_token_kl, given.token_kl_N, "needs the KL divergence of every row", "uses no KL divergence",
-         "token_kl", "(N,) from token_kl"),
-    )  # fmt: skip
-    for needed, value, does, does_not, name, what in needs:
-        if needed and value is None:
-            raise ValueError(f"{loss.name} {does}: pass {name}, {what}")
-        if not needed and value is not None:
-            raise ValueError(f"{loss.name} {does_not}, but {name} were given; leave them out")
-    if loss.needs_token_weights and given.token_weights_N is None:
-        raise ValueError(f"{loss.name} weights tokens: pass token_weights, (N,)")
-    for name in loss.row_outputs:
-        if name not in given.stats:
-            raise ValueError(f"{loss.name} needs the output {name!r} of token_logps: pass stats={{{name!r}: ...}}")
-    rows = {"logps": rows_N, "ref_logps": given.ref_logps_N, "token_weights": given.token_weights_N,
-            "mask": given.mask_N, "token_kl": given.token_kl_N, **given.stats}  # fmt: skip
-    for name, t in rows.items():
-        if t is not None and t.shape != (layout.num_tokens,):
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, but the layout holds {layout.num_tokens} tokens")
-    if given.target_R is not None and given.target_R.shape != (layout.num_responses,):
-        raise ValueError(
-            f"targets has shape {tuple(given.target_R.shape)}, but the layout holds {layout.num_responses} responses"
-        )
-    for name, t in {**rows, "targets": given.target_R, "mismatched": given.mismatched_R}.items():
-        if t is not None and t.device != rows_N.device:
-            raise ValueError(f"{name} is on {t.device}, but the policy's log-probabilities are on {rows_N.device}")
