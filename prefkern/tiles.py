@@ -16,7 +16,8 @@ Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (online normaliser); the res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ def forward(
         gradient: number of leading rows whose gradient is wanted; 0 for none.
     """
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
+    operands = _Operands(hidden_ND, weight_VD, bias_V, low_NR, low_weight_VR)
     wide = accumulator(hidden_ND.dtype)
     sums = _Sums.fresh(n, vocab, head, want, wide, hidden_ND.device)
     units = [None, None]
@@ -58,10 +60,27 @@ def forward(
     width = min(width, max(1, vocab))
     scratch = hidden_ND.new_empty(min(rows, n) * width)
     for block in _slices(0, gradient, rows):
-        sums.walk(block, hidden_ND, weight_VD, bias_V, labels_N, low_NR, low_weight_VR, width, scratch, units)
+        sums.walk(block, operands, labels_N, width, scratch, units)
     for block in _slices(gradient, n, rows):
-        sums.walk(block, hidden_ND, weight_VD, bias_V, labels_N, low_NR, low_weight_VR, width, scratch, None)
+        sums.walk(block, operands, labels_N, width, scratch, (None, None))
     return sums.stats(labels_N), units[0], units[1]
+
+
+class _Operands(NamedTuple):
+    """What the logits are made of: hidden @ weight.T + low @ low_weight.T + bias."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    low_NR: Tensor | None
+    low_weight_VR: Tensor | None
+
+    def raw_logits(self, block: slice, part: slice, scratch: Tensor) -> Tensor:
+        """A tile of them without the bias, in hidden's dtype; in `scratch` where the library writes there."""
+        hidden, weight = self.hidden_ND[block], self.weight_VD[part]
+        shape = hidden.shape[0], weight.shape[0]
+        tile = product(hidden, weight.t(), out=scratch[: shape[0] * shape[1]].view(shape))
+        return tile if self.low_NR is None else tile.addmm_(self.low_NR[block], self.low_weight_VR[part].t())
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -90,27 +109,34 @@ class _Sums:
             square=zeros(want.get("want_collision", False)), top1=zeros(want.get("want_top1", False)),
         )  # fmt: skip
 
-    def walk(self, block, hidden_ND, weight_VD, bias_V, labels_N, low_NR, low_weight_VR, width, scratch, units) -> None:
-        """All of the vocabulary for a block of rows; their unit gradients into `units` unless it is None."""
-        hidden, labels = hidden_ND[block], labels_N[block]
-        low = None if low_NR is None else low_NR[block]
+    def walk(
+        self,
+        block: slice,
+        operands: _Operands,
+        labels_N: Tensor,
+        width: int,
+        scratch: Tensor,
+        units: Sequence[Tensor | None],
+    ) -> None:
+        """All of the vocabulary for a block of rows, and its gradients of hidden and low into `units` where given."""
+        labels, bias = labels_N[block], operands.bias_V
         mine = {name: None if x is None else x[block] for name, x in self.columns.items()}
-        wide, rows = mine["sum"].dtype, hidden.shape[0]
-        shared = (weight_VD, low_weight_VR)
-        pairs = [] if units is None else [(u, w) for u, w in zip(units, shared) if u is not None]
-        accs = [torch.zeros((rows, w.shape[1]), dtype=wide, device=w.device) for _, w in pairs]
+        pairs = [
+            (unit[block], w) for unit, w in zip(units, (operands.weight_VD, operands.low_weight_VR)) if unit is not None
+        ]
+        accs = [torch.zeros(unit.shape, dtype=mine["sum"].dtype, device=unit.device) for unit, _ in pairs]
         for part in _slices(0, self.vocab, width):
-            span = part.stop - part.start
-            tile = product(hidden, weight_VD[part].t(), out=scratch[: rows * span].view(rows, span))
-            if low is not None:
-                tile.addmm_(low, low_weight_VR[part].t())
-            decay, gain = self._fold(tile, labels - part.start, None if bias_V is None else bias_V[part], mine, pairs)
+            tile = operands.raw_logits(block, part, scratch)
+            own_bias = None if bias is None else bias[part]
+            decay, gain = self._fold(tile, labels - part.start, own_bias, mine, gradient=bool(pairs))
             for acc, (_, w) in zip(accs, pairs):
                 acc.mul_(decay[:, None]).addcmul_(product(tile, w[part]), gain[:, None])
         for acc, (unit, w) in zip(accs, pairs):
-            self._finish(acc, w, labels, mine, unit[block])
+            self._finish(acc, w, labels, mine, unit)
 
-    def _fold(self, tile: Tensor, labels: Tensor, bias: Tensor | None, mine: dict, gradient) -> tuple[Tensor, Tensor]:
+    def _fold(
+        self, tile: Tensor, labels: Tensor, bias: Tensor | None, mine: dict[str, Tensor | None], *, gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         """Add a tile to the sums, and leave its softmax, without the label's, in its place where there is a gradient.
 
         Returns:
@@ -143,7 +169,9 @@ class _Sums:
             tile.masked_fill_(empty[:, None], 0.0)
         return self._merge(top, peak, own, mine)
 
-    def _merge(self, top: Tensor, peak: Tensor, own: dict, mine: dict) -> tuple[Tensor, Tensor]:
+    def _merge(
+        self, top: Tensor, peak: Tensor, own: dict[str, Tensor | None], mine: dict[str, Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
         tile_sum = peak.reciprocal()  # the largest p is 1 / sum exp(z - top), and never underflows
         new_top = torch.maximum(mine["top"], top)
         # A row of -inf so far: exp(-inf), not NaN.
