@@ -270,14 +270,14 @@ def explain(
 
 
 def default_workspace(device: torch.device) -> int:
-    """Bytes for one block of logits: 16 MiB on a CPU; on a GPU 1/256 of all its memory, at most 512 MiB.
+    """Bytes for one block of logits: 8 MiB on a CPU; on a GPU 1/256 of all its memory, at most 512 MiB.
 
-    16 MiB of logits stay in a CPU's last cache between their product and the next.
+    8 MiB of logits stay in a CPU's last cache between their product and the next.
 
     Of all and not of what is free: the size of a block may change rounding, and equal inputs shall give equal bits.
     """
     if device.type != "cuda":
-        return 16 << 20
+        return 8 << 20
     return min(512 << 20, torch.cuda.get_device_properties(device).total_memory // 256)
 
 
