@@ -135,7 +135,7 @@ def test_no_in_yaml_is_a_word_where_words_are_wanted():
 @pytest.mark.parametrize("override, message", [
     ("modle.name=x", "unknown key 'modle': did you mean 'model'?"),
     ("model.nam=x", "unknown key 'model.nam': did you mean 'name'?"),
-    ("model.lora.rank=3", "unknown key 'model.lora.rank': known: alpha, dropout, r, target_modules"),
+    ("model.lora.rank=3", "unknown key 'model.lora.rank': known: alpha, dropout, modules_to_save, r, rslora, target_"),
     ("loss.bta=3", "unknown key 'loss.bta': did you mean 'beta'?"),
     ("trainer.learning_rat=1", "unknown key 'trainer.learning_rat': did you mean 'learning_rate'?"),
     ("loss.name=dppo", "unknown loss.name='dppo': did you mean 'dpo'?"),

@@ -148,7 +148,7 @@ def test_training_reads_what_was_written(folder, tmp_path):
         (["--model", "{}/base"], "--positive='{}/right' is no adapter of '{}/base', check both"),
         (
             ["--model", "{}/base", "--positive", "{}/lora_head", "--negative", "{}/lora_head"],
-            "the output head is adapted, which is not supported yet",
+            "--positive and --negative adapt the output head, which cannot be scored: merge them",
         ),
         (["{}/no_prompt.jsonl"], "DATASET has no column 'prompt' (it has chosen, rejected)"),
         (["{}/weighted.jsonl"], "DATASET has a column 'chosen_token_weights' already: remove or rename it"),

@@ -50,15 +50,20 @@ class LoraConfig:
 
     Fields:
         r: rank.
-        alpha: the adapters' output is scaled by alpha / r.
+        alpha: the adapters' output is scaled by alpha / r, or with rslora by alpha / sqrt(r).
         dropout: on the adapters' input.
-        target_modules: names of the adapted modules, or "all-linear" (all but the output head).
+        target_modules: names of the adapted modules, or "all-linear" (all but the output head, which may be named:
+            usually lm_head).
+        modules_to_save: names of modules that train whole beside the adapters, such as lm_head.
+        rslora: scale by the root of the rank (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
     r: int = 16
     alpha: float = 32
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
+    rslora: bool = False
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,10 @@ def load_contrast(
         wrapped = _load("model", model, device)
         for role, folder in zip(_ROLES, (positive, negative)):
             wrapped = _with_adapter(wrapped, role, folder, model.name)
-        output_head(wrapped)
+        for role in _ROLES:
+            wrapped.set_adapter(role)
+            if output_head(wrapped).adapter is not None:
+                raise ModelError("--positive and --negative adapt the output head, which cannot be scored: merge them")
         return Contrast(wrapped, wrapped, _ROLES, **options)
     for role, name in zip(_ROLES, (positive, negative)):
         if (Path(name).expanduser() / "adapter_config.json").exists():

@@ -1,9 +1,9 @@
 """Any causal language model, run on packed sequences, with only the response rows entering its head.
 
 `pack_forward` gives a model's `forward` two more keywords. Called with `response_rows`, it runs the decoder, keeps
-those rows and hands them with the head's weight and bias to `tail`, all inside the module's own forward: hooks of DDP,
-FSDP, autocast and peft fire as in any other forward. Called without, it is what it was; saving and generating are
-untouched.
+those rows and hands them with the head's weight and bias to `tail`, and with the head's adapter, as a keyword `lora`,
+where it has one that is on. All that is inside the module's own forward: hooks of DDP, FSDP, autocast and peft fire as
+in any other forward. Called without, it is what it was; saving and generating are untouched.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import contextlib
 import logging
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prefkern.head import LoRA
 from prefkern.training import attention
 from prefkern.training.config import LoraConfig, ModelConfig
 from prefkern.training.errors import ModelError
+from prefkern.training.output_head import OutputHead, head_in_force
 
 logger = logging.getLogger(__name__)
 
-Tail = Callable[[Tensor, Tensor, Tensor | None], Any]
+Tail = Callable[..., Any]  # (hidden, weight, bias), and lora= where the head is adapted
 
 
 def load_tokenizer(config: ModelConfig):
@@ -98,7 +101,7 @@ def add_adapters(model: nn.Module, lora: LoraConfig, gradient_checkpointing: boo
     """The model wrapped by peft with low-rank adapters, everything else frozen.
 
     Raises:
-        ModelError: peft finds no such module, or the output head would be adapted.
+        ModelError: peft finds no such module, or the output head would be adapted in a way that is not supported.
     """
     import peft
 
@@ -107,7 +110,9 @@ def add_adapters(model: nn.Module, lora: LoraConfig, gradient_checkpointing: boo
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
         target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
     )
     try:
         wrapped = peft.get_peft_model(model, options)
@@ -124,20 +129,17 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def output_head(model: nn.Module) -> nn.Module:
-    """The module that makes logits of hidden states: a plain, unsharded (V, D) weight and perhaps a bias.
+def output_head(model: nn.Module) -> OutputHead:
+    """What makes logits of hidden states: an unsharded (V, D) weight, perhaps a bias, perhaps a low-rank adapter.
 
     Raises:
-        ModelError: there is none, or it is quantised, adapted, or split across processes.
+        ModelError: there is none, or it is quantised, split across processes, or adapted in a way not supported.
     """
     head = base_model(model).get_output_embeddings()
     kind = type(base_model(model)).__name__
     if head is None or not hasattr(head, "weight"):
         raise ModelError(f"{kind} has no output head with a weight: use a causal language model")
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-        raise ModelError(
-            "the output head is adapted, which is not supported yet: leave it out of model.lora.target_modules"
-        )
+    head = head_in_force(head)
     if not head.weight.is_floating_point():
         raise ModelError(f"the output head of {kind} is quantised: load the model with an unquantised head")
     if hasattr(head.weight, "ds_id"):
@@ -192,8 +194,9 @@ def _packed_forward(
         options = {"sequence_lengths": sequence_lengths} if separate else {}
         with attention.no_mask() if separate else contextlib.nullcontext():
             hidden = _decode(self.get_decoder(), input_ids, position_ids, **options)
-    head = self.get_output_embeddings()
-    return tail(hidden.index_select(0, response_rows), head.weight, getattr(head, "bias", None))
+    rows, head = hidden.index_select(0, response_rows), head_in_force(self.get_output_embeddings())
+    adapter = {} if head.adapter is None else {"lora": head.adapter.of(rows)}
+    return tail(rows, head.weight, head.bias, **adapter)
 
 
 def _lengths(position_ids: Tensor) -> list[int]:
@@ -261,9 +264,7 @@ def _packing_errors(base: nn.Module, weight: Tensor) -> tuple[float, float]:
         ids = torch.cat(sequences)[None]
         positions = torch.cat([torch.arange(len(s), device=device) for s in sequences])[None]
         rows = torch.arange(ids.shape[1], device=device)
-        return base(
-            input_ids=ids, position_ids=positions, response_rows=rows, tail=lambda h, w, b: _logits(h, w, b, **options)
-        )
+        return base(input_ids=ids, position_ids=positions, response_rows=rows, tail=partial(_logits, **options))
 
     together, other = packed(first, second), packed(first.flip(0), second)
     alone = torch.cat([base(input_ids=s[None], use_cache=False).logits[0].float() for s in (first, second)])
@@ -272,8 +273,20 @@ def _packing_errors(base: nn.Module, weight: Tensor) -> tuple[float, float]:
     return leak.item(), ((together - alone).abs().max() / scale).item()
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
-    z = logit_scale * nn.functional.linear(hidden, weight, bias).float()
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LoRA | None = None,
+    *,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    z = nn.functional.linear(hidden, weight, bias)
+    if lora is not None:
+        low, low_weight = lora.factors(hidden, weight)
+        z = z + low @ low_weight.T
+    z = logit_scale * z.float()
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 

@@ -16,13 +16,14 @@ import xxhash
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 
+from prefkern.head import LoRA
 from prefkern.losses import Loss
 from prefkern.token_logps import token_logps
 from prefkern.training.collator import PackedCollator
 from prefkern.training.columns import RESPONSES, Arity, feature, scatter
 from prefkern.training.config import HeadConfig, ReferenceConfig, ReferenceMode
 from prefkern.training.errors import ConfigError
-from prefkern.training.model import Tail, base_model, head_options
+from prefkern.training.model import Tail, base_model, head_options, output_head
 
 _NO_SETTINGS = ("_name_or_path", "transformers_version", "use_cache")  # of a configuration: the model is the same
 
@@ -81,6 +82,18 @@ def frozen_copy(model: nn.Module) -> nn.Module | None:
     return None if has_adapters(model) else copy.deepcopy(model).requires_grad_(False).eval()
 
 
+def shares_head(model: nn.Module, config: ReferenceConfig) -> bool:
+    """Whether policy and reference have one output head (with an adapter that the reference lacks, perhaps).
+
+    Args:
+        model: the policy.
+        config: a resolved reference, that of no other model.
+    """
+    if config.mode in ("frozen", "adapter_off"):
+        return has_adapters(model) and not output_head(model).is_copy
+    return config.moves and not output_head(model).trains
+
+
 def reference_logps(
     model: nn.Module, batch: Mapping[str, Any], options: Mapping[str, Any], forward: Callable | None = None
 ) -> Tensor:
@@ -98,8 +111,8 @@ def reference_logps(
 def logps_tail(labels: Tensor, options: Mapping[str, Any]) -> Tail:
     """The tail that makes log-probabilities of hidden states; `options` are keywords of `token_logps`."""
 
-    def tail(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return token_logps(hidden, weight, labels, bias=bias, **options).logps
+    def tail(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None = None) -> Tensor:
+        return token_logps(hidden, weight, labels, bias=bias, lora=lora, **options).logps
 
     return tail
 
@@ -195,7 +208,7 @@ def _weights_key(model: nn.Module) -> str:
     digest, settings = xxhash.xxh3_128(), base_model(model).config.to_dict()
     digest.update(repr(sorted((k, v) for k, v in settings.items() if k not in _NO_SETTINGS)).encode())
     for key, tensor in sorted(base_model(model).state_dict().items()):
-        if ".lora_" not in key:
+        if ".lora_" not in key and ".modules_to_save." not in key:
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

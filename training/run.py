@@ -214,10 +214,13 @@ def _precompute(config: Config, loss: Loss, model: nn.Module, args: TrainingArgu
 
 def _body(model: nn.Module, config: Config, args: TrainingArguments) -> str:
     """How the head will be run, for a batch of any number of rows."""
-    weight = output_head(model).weight
+    head = output_head(model)
+    weight, adapter = head.weight, head.adapter
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weight.dtype
     chosen = plan(
-        (1, weight.shape[1], weight.shape[0]), dtype, args.device, grad_hidden=True, grad_head=weight.requires_grad,
+        (1, weight.shape[1], weight.shape[0]), dtype, args.device, grad_hidden=True, grad_head=head.trains,
+        grad_weight=weight.requires_grad, rank=0 if adapter is None else adapter.a.out_features,
+        grad_low=(adapter is not None,) * 2,
         impl=config.model.head.impl, workspace_bytes=config.model.head.workspace_bytes,
     )  # fmt: skip
     return f"{chosen.row.name}, {chosen.row.flops}NDV: {chosen.reason}"

@@ -12,17 +12,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from prefkern.head import LoRA
 from prefkern.layout import Layout
 from prefkern.losses import Loss
 from prefkern.preference import PreferenceOutput, linear_preference_loss
 from prefkern.reference import span_sums
 from prefkern.token_kl import token_kl
+from prefkern.token_logps import token_logps
 from prefkern.training.anchors import Anchor, make_anchor
 from prefkern.training.collator import PackedCollator
 from prefkern.training.config import HeadConfig, ReferenceConfig, ReferenceMode
 from prefkern.training.errors import ConfigError
 from prefkern.training.metrics import MetricWindow
-from prefkern.training.model import Tail, check_model, pack_forward
+from prefkern.training.model import Tail, check_model, output_head, pack_forward
+from prefkern.training.output_head import OutputHead
 from prefkern.training.reference import (
     frozen_copy,
     has_adapters,
@@ -30,6 +33,7 @@ from prefkern.training.reference import (
     logps_tail,
     reference_outputs,
     resolve_reference,
+    shares_head,
 )
 
 
@@ -83,6 +87,7 @@ class PreferenceTrainer(Trainer):
         pack_forward(model)
         if not sharded:
             check_model(model)
+        check_head(output_head(model), loss, args)
         super().__init__(model, args, data_collator=collator, **others)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch: do not divide again
         self.loss_is_scaled_for_ga = True
@@ -91,7 +96,8 @@ class PreferenceTrainer(Trainer):
         head = head or HeadConfig()
         self._head = self._reference_head = head_arguments(model, head)
         self._reference_model = None
-        self._anchor = make_anchor(config, self.accelerator.unwrap_model(self.model))
+        policy = self.accelerator.unwrap_model(self.model)
+        self._anchor = make_anchor(config, policy)
         self.loss_state = loss.new_state()
         if self.loss_state is not None:
             self.loss_state.to(args.device)
@@ -110,6 +116,7 @@ class PreferenceTrainer(Trainer):
                     )
             if frozen is not None:
                 self._reference_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
+        self._shares_head = self._reference_model is None and shares_head(policy, config)
 
     def compute_loss(
         self,
@@ -122,13 +129,16 @@ class PreferenceTrainer(Trainer):
 
         Processes' gradients are averaged, hence the factor.
         """
-        ref_logps, ref_head = self._ref_rows(model, inputs)
+        ref_logps, ref_rows = self._ref_rows(model, inputs)
         mismatched = self._mismatched(model, inputs) if self.loss.needs_mismatched else None
         if self.loss_state is not None:
             self.loss_state.train(model.training)
 
-        def tail(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> PreferenceOutput:
-            kl = None if ref_head is None else self._token_kl((hidden, weight, bias), ref_head, inputs["labels"])
+        def tail(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None = None) -> PreferenceOutput:
+            kl = None
+            if self.loss.needs_token_kl:
+                ref_head = (weight, bias) if self._shares_head else ref_rows[1:]
+                kl = self._token_kl((hidden, weight, bias), (ref_rows[0], *ref_head), inputs["labels"])
             return linear_preference_loss(
                 hidden,
                 weight,
@@ -142,6 +152,8 @@ class PreferenceTrainer(Trainer):
                 token_kl=kl,
                 normalizer=num_items_in_batch,
                 bias=bias,
+                lora=lora,
+                ref_hidden=ref_rows[0] if self._shares_head else None,
                 state=self.loss_state,
                 on_policy=self.reference == "on_policy",
                 diagnostics=self.diagnostics,
@@ -175,12 +187,15 @@ class PreferenceTrainer(Trainer):
     def _ref_rows(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, HeadRows | None]:
         """The reference's (N,) log-probabilities, and its hidden rows and head for losses that compare distributions.
 
-        None where there is none to compute.
+        Under a shared head the rows alone: their log-probabilities come from the policy's pass over the weight. None
+        where there is none to compute.
         """
         if self.reference in ("none", "on_policy"):
             return None, None
         if self.reference == "precomputed":
             return inputs["ref_logps"], None
+        if self._shares_head:
+            return None, (self._reference_outputs(model, inputs, _hidden), None, None)
         logps = logps_tail(inputs["labels"], self._reference_head)
         if not self.loss.needs_token_kl:
             return self._reference_outputs(model, inputs, logps), None
@@ -196,9 +211,14 @@ class PreferenceTrainer(Trainer):
     def _mismatched(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """(R,) log-ratio sums of prompts with other prompts' responses, in nats; the policy as it trains."""
         batch = inputs["mismatched"]
-        ratios = _forward(model, batch, logps_tail(batch["labels"], self._head))
-        if self.reference != "none":
-            ratios = ratios - self._reference_outputs(model, batch, logps_tail(batch["labels"], self._reference_head))
+        if self._shares_head:
+            ref_hidden = self._reference_outputs(model, batch, _hidden)
+            ratios = _forward(model, batch, _ratios_tail(batch["labels"], ref_hidden, self._head))
+        else:
+            ratios = _forward(model, batch, logps_tail(batch["labels"], self._head))
+            if self.reference != "none":
+                logps = logps_tail(batch["labels"], self._reference_head)
+                ratios = ratios - self._reference_outputs(model, batch, logps)
         return span_sums(ratios, batch["layout"].index(ratios.device).response_offsets)
 
     def _reference_outputs(self, model: nn.Module, inputs: dict[str, Any], tail: Tail) -> Any:
@@ -298,7 +318,8 @@ class PreferenceTrainer(Trainer):
                     buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
 
 
-HeadRows = tuple[Tensor, Tensor, Tensor | None]  # hidden states, and the head's weight and bias
+# Hidden states, and the head's weight and bias; no weight where the policy's serves.
+HeadRows = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def packed_collator(loss: Loss, max_length: int | None = None) -> PackedCollator:
@@ -328,6 +349,20 @@ def check_loss(loss: Loss, args: TrainingArguments, diagnostics: bool) -> None:
         )
 
 
+def check_head(head: OutputHead, loss: Loss, args: TrainingArguments) -> None:
+    """Raise ConfigError where the loss or the engine does not fit an adapted output head."""
+    if head.adapter is not None and loss.needs_token_kl:
+        raise ConfigError(
+            f"loss {loss.name!r} compares whole distributions, which cannot be done yet where the output head is"
+            " adapted: leave it out of model.lora.target_modules"
+        )
+    if args.fsdp and (head.adapter is not None or head.is_copy):
+        raise ConfigError(
+            "peft has FSDP keep the weights that train on the output head in units of their own, out of reach: leave it"
+            " out of model.lora, or train with DDP or ZeRO-2"
+        )
+
+
 def _forward(model: nn.Module, batch: dict[str, Any], tail: Tail) -> Any:
     return model(
         input_ids=batch["input_ids"],
@@ -336,6 +371,21 @@ def _forward(model: nn.Module, batch: dict[str, Any], tail: Tail) -> Any:
         sequence_lengths=batch["sequence_lengths"],
         tail=tail,
     )
+
+
+def _hidden(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The tail that leaves the rows as they are."""
+    return hidden
+
+
+def _ratios_tail(labels: Tensor, ref_hidden: Tensor, options: dict[str, Any]) -> Tail:
+    """The tail that makes log-ratios of hidden states and a reference's under the same head."""
+
+    def tail(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None = None) -> Tensor:
+        out = token_logps(hidden, weight, labels, bias=bias, lora=lora, ref_hidden=ref_hidden, **options)
+        return out.logps - out.ref_logps
+
+    return tail
 
 
 class _AfterStep(TrainerCallback):
