@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import tiny
-from prefkern import __version__, losses
+from prefkern import __version__, losses, planner
 from prefkern.training.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -91,8 +92,8 @@ def folder(tmp_path_factory) -> Path:
             "no model can be loaded from model.name='{}/no_eos', a folder or a name on the hub; check it: ",
         ),
         (
-            ["model.lora={{target_modules: [lm_head]}}"],
-            "the output head is adapted, which is not supported yet: leave it out of model.lora.target_modules",
+            ["model.lora={{target_modules: [head]}}"],
+            "model.lora is refused by peft: Target modules {{'head'}} not found in the base model",
         ),
         (["model.attn_implementation=flash"], "the model '{}/model' cannot be loaded, check the model section: "),
         (
@@ -146,17 +147,66 @@ def test_losses_prints_every_loss(capsys):
 def test_doctor_names_versions_devices_and_bodies(capsys):
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
-    for word in (
-        "torch",
-        "transformers",
-        "cores",
-        "Triton kernels",
-        "all weights trained",
-        "head frozen",
-        "no gradient",
-        "why:",
-    ):
+    for word in ("torch", "transformers", "cores", "Triton kernels", "Head, for N 1024 D 4096 V 128256 in bfloat16"):
         assert word in report
+
+
+GRADIENTS = {
+    "no gradient": {"grad_hidden": False, "grad_head": False},
+    "head frozen": {"grad_hidden": True, "grad_head": False},
+    "all weights trained, any loss": {"grad_hidden": True, "grad_head": True},
+    "all weights trained, a loss local to groups of at most 300 rows": {
+        "grad_hidden": True, "grad_head": True, "group_rows": 300,
+    },
+    "head adapted by LoRA of rank 8, any loss": {
+        "grad_hidden": True, "grad_head": True, "grad_weight": False, "rank": 8, "grad_low": (True, True),
+    },
+    "head adapted by LoRA of rank 8, a loss local to groups of at most 300 rows": {
+        "grad_hidden": True, "grad_head": True, "grad_weight": False, "rank": 8, "grad_low": (True, True),
+        "group_rows": 300,
+    },
+}  # fmt: skip
+ROOMY, TIGHT = 64 << 20, 1 << 20  # bytes of workspace: 512 rows of logits, and 8
+
+
+@pytest.mark.parametrize("workspace, rows", [
+    (ROOMY, ["no_grad", "frozen_head", "recompute", "group_local", "recompute_adapter", "group_local_adapter"]),
+    (TIGHT, ["no_grad", "frozen_head", "recompute", "recompute", "recompute_adapter", "recompute_adapter"]),
+], ids=["groups fit", "groups do not fit"])  # fmt: skip
+def test_doctor_says_what_the_planner_does(capsys, workspace, rows):
+    n, d, v = 2048, 64, 32_768
+    words = ["--shape", str(n), str(d), str(v), "--dtype", "float32", "--rank", "8", "--group-rows", "300"]
+    assert main(["doctor", *words, "--workspace-bytes", str(workspace)]) == 0
+    _, report = capsys.readouterr().out.split(f"Head, for N {n} D {d} V {v} in float32 on ")
+    device, *lines = report.splitlines()
+    starts = [i for i, line in enumerate(lines) if not line.startswith("   ")]
+    assert len(starts) == len(GRADIENTS)
+    flops = []
+    for (case, options), row, i, stop in zip(GRADIENTS.items(), rows, starts, [*starts[1:], len(lines)]):
+        chosen = planner.plan(
+            (n, d, v), torch.float32, torch.device(device), workspace_bytes=workspace, **options
+        )  # fmt: skip
+        text = "\n".join(lines[i:stop])
+        assert chosen.row.name == row and lines[i].startswith(f"  {case}") and f": {row} (" in lines[i]
+        figures = (
+            f"why: {chosen.reason}", f"{chosen.row.flops_forward}NDV forward", f"{chosen.row.flops_backward}NDV back",
+            f"= {chosen.flops:.3e}", f"bytes: {chosen.bytes:.3e}", f"workspace {workspace / 2**20:.0f} MiB",
+        )  # fmt: skip
+        for figure in figures:
+            assert figure in text, (case, figure)
+        flops.append(chosen.row.flops)
+    assert flops == ([2, 4, 8, 6, 6, 4] if workspace == ROOMY else [2, 4, 8, 8, 6, 6])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--shape", "0", "64", "100"], "--shape: N=0 should be at least 1"),
+    (["--group-rows", "-1"], "--group-rows=-1 should be at least 1"),
+    (["--rank", "0"], "--rank=0 should be at least 1"),
+    (["--workspace-bytes", "0"], "--workspace-bytes=0 should be at least 1"),
+], ids=lambda x: x[0] if isinstance(x, list) else "")  # fmt: skip
+def test_doctor_refuses_numbers_below_1(capsys, words, message):
+    assert main(["doctor", *words]) == 2
+    assert capsys.readouterr().err == f"prefkern: {message}\n"
 
 
 def test_help_and_no_command(capsys):

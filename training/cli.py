@@ -93,6 +93,15 @@ def build_parser(with_demo: bool = False) -> argparse.ArgumentParser:
     score.set_defaults(run=_score)
 
     doctor = commands.add_parser("doctor", help="show versions, devices, and which kernels would run and why")
+    add = doctor.add_argument
+    add(
+        "--shape", type=int, nargs=3, metavar=("N", "D", "V"),
+        help="response tokens of a batch, hidden size, vocabulary (1024 4096 128256)",
+    )  # fmt: skip
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the head (%(default)s)")
+    add("--rank", type=int, metavar="R", help="of a LoRA on the head")
+    add("--group-rows", type=int, metavar="ROWS", help="response tokens of the loss's largest group, such as a pair")
+    add("--workspace-bytes", type=int, metavar="BYTES", help="scratch memory for logits")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -178,9 +187,13 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    import torch
+
     from prefkern.training.doctor import report
 
-    print(report())
+    shape = {} if args.shape is None else {"shape": args.shape}
+    options = {"rank": args.rank, "group_rows": args.group_rows, "workspace_bytes": args.workspace_bytes}
+    print(report(dtype=getattr(torch, args.dtype), **shape, **options))
     return 0
 
 
