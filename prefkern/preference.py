@@ -72,6 +72,11 @@ def preference_loss(
     A group in which no token counts has weight 0. A loss of several addends (`nll_weight`, `combination`) is the sum of
     theirs, each divided by its own normalizer.
 
+    Under torch.compile the whole of it is one operator (`prefkern.operators`) and breaks no graph. Lengths and numbers of
+    prompts are no constants of that graph; the loss object is one, and so is a normalizer that is a float (pass a
+    tensor where it changes). Build layout and loss outside the compiled function. The output's scores are None; with
+    `state` the call stays outside the graph.
+
     Args:
         logps: (N,) policy log-probabilities of the packed response tokens, in nats.
         layout: where the responses lie; cut by the loss's granularity if it has one.
@@ -337,6 +342,10 @@ def tail_impl(impl: str) -> str:
 
 
 def _row_outputs(loss: Loss) -> tuple[str, ...]:
+    if torch.compiler.is_compiling():
+        from prefkern import operators
+
+        return operators.facts(loss.key, False).row_outputs
     return tuple(name for term in loss.addends() for name in term.loss.row_outputs)
 
 

@@ -23,7 +23,7 @@ class PreferenceOutput(NamedTuple):
     loss: Tensor  # 0-dim, fp32
     metrics: dict[str, Tensor]  # 0-dim each, detached
     logps: Tensor  # (N,) per-token log-probabilities in nats, detached
-    scores: Tensor  # (S,) segment scores in group order (see Layout), detached
+    scores: Tensor | None  # (S,) segment scores in group order (see Layout), detached; None under torch.compile
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,16 @@ class Tail:
 
 
 def loss_of_logps(logps, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:
-    """The loss, addend by addend; arguments as `preference_loss`'s."""
+    """The loss of log-probabilities; arguments as `preference_loss`'s. While torch.compile traces: an operator."""
     if torch.compiler.is_compiling():
         from prefkern import operators
 
         return operators.traced_preference(logps, layout, loss, given, normalizer, impl, state)
+    return sum_of_addends(logps, layout, loss, given, normalizer, impl, state)
+
+
+def sum_of_addends(logps, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:
+    """The loss, addend by addend."""
     if loss.is_one:
         return _one_loss(logps, layout, loss, given, normalizer, impl, state)
     addends = loss.addends(state)

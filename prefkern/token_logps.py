@@ -116,6 +116,7 @@ def token_logps(
         Backward takes p from the fp32 log-sum-exp: half an ulp of it is the relative error of p, 1e-6 at logits of 20
         and 5e-4 at logits of 1e4.
         Second derivatives raise RuntimeError except with impl="eager".
+        Under torch.compile: an operator (`prefkern.operators`) that breaks no graph; labels are not looked at.
     Raises:
         ValueError: shapes, dtypes or devices disagree; an unknown output or impl, or an output that the impl lacks;
             on a CPU, a label outside [0, V). (On a GPU such a label yields NaN: looking would stop the host.)
@@ -136,6 +137,12 @@ def token_logps(
     low, low_weight = (None, None) if lora is None else lora.factors(hidden, weight)
     if ref_hidden is not None:
         ref_hidden = check_ref_hidden(ref_hidden, hidden, shape)
+    if torch.compiler.is_compiling():
+        from prefkern import operators
+
+        operands = hidden, weight, bias, low, low_weight, ref_hidden, labels
+        stats, ref_logps = operators.traced_token_logps(*operands, head, want, impl, workspace_bytes, filter_eps)
+        return _output(stats, want, shape, ref_logps)
     chosen = plan_head(hidden, weight, bias, impl, workspace_bytes, low, low_weight)
     if chosen.row.body == "eager":
         stats = reference.rows_from_hidden(hidden, weight, bias, labels, head, want, low, low_weight)
@@ -202,7 +209,11 @@ def logits_token_logps(
     head, want = Head(softcap, logit_scale, temperature, ignore_index), check_outputs(outputs)
     check_logits(logits, labels, ignore_index)
     shape, logits_NV, labels = labels.shape, logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if impl == "eager":
+    if torch.compiler.is_compiling():
+        from prefkern import operators
+
+        stats = operators.traced_logits_token_logps(logits_NV, labels, head, want, impl)
+    elif impl == "eager":
         stats = reference.rows_from_logits(logits_NV, labels, head, want)
     else:
         call = LogitsCall(head, want, logits_rows(impl, logits), keep_logits or must_keep(logits_NV))
@@ -428,7 +439,7 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """Raise ValueError on a label outside the vocabulary, for labels on the CPU; integer dtype is always checked."""
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}; they must be int64")
-    if labels.device.type != "cpu":
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if wrong.any():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from prefkern.layout import Layout, TailIndex
 
 _REGISTRY: dict[str, type[Loss]] = {}
+_numbers = itertools.count()
+_LIVE: weakref.WeakValueDictionary[str, Loss] = weakref.WeakValueDictionary()
 L = TypeVar("L", bound="type[Loss]")
 
 
@@ -161,6 +165,22 @@ class Loss(ABC):
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
+        self._take_key()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take_key()  # a copy's own: the original's may be another loss's in this process
+
+    def _take_key(self) -> None:
+        """The string that stands for this object where only a constant may, in a traced graph."""
+        key = f"{self.name}#{next(_numbers)}"
+        object.__setattr__(self, "key", key)
+        _LIVE[key] = self
+
+    @staticmethod
+    def of_key(key: str) -> Loss:
+        """The loss whose `key` this is; KeyError where nothing refers to it any more."""
+        return _LIVE[key]
 
     @abstractmethod
     def eager(self, score_GK: Tensor, margin: Tensor | float = 0.0) -> Tensor:
