@@ -70,6 +70,16 @@ def poison(monkeypatch) -> None:
         monkeypatch.setattr(torch, name, poisoned)
 
 
+def far_apart(logits: Tensor, strides: tuple[int, int], directory) -> Tensor:
+    """A copy with these strides; on a CPU in a file that is a hole but for the copy, so that any size fits."""
+    size = 1 + sum((n - 1) * stride for n, stride in zip(logits.shape, strides))
+    if DEVICE == "cpu":
+        memory = torch.from_file(str(directory / "logits"), shared=True, size=size, dtype=logits.dtype)
+    else:
+        memory = torch.empty(size, dtype=logits.dtype, device=DEVICE)
+    return memory.as_strided(logits.shape, strides).copy_(logits)
+
+
 class LargestTensor(TorchDispatchMode):
     """The largest tensor, in bytes, that any operation returns, views of given tensors aside."""
 

@@ -1,25 +1,43 @@
-"""The row kernel against float64: values, gradients, odd sizes, strides and edges."""
+"""The row kernel against float64: values, gradients, splits of rows, odd sizes, strides, offsets and edges."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import DEVICE
-from numerics import DTYPES, assert_as_good_as_torch, poison, row_stats
+from numerics import DTYPES, assert_as_good_as_torch, far_apart, poison, row_stats
 
 pytest.importorskip("triton")
 from prefkern.head import Head
-from prefkern.kernels.row_softmax import row_softmax_backward, row_softmax_forward
+from prefkern.kernels import row_softmax
+from prefkern.kernels.row_softmax import can_align, row_softmax_backward, row_softmax_forward
+from prefkern.kernels.tuning import RowConfig
 
 EPS = 1e-6  # fp32 sums in another order than torch's
 PLAIN = Head()
 FULL = Head(softcap=5.0, logit_scale=1.3, temperature=0.7)
 WANT = dict(want_entropy=True, want_top1=True, want_mean=True, want_collision=True)
 SHAPES = [(1, 2), (255, 507), (257, 1031)]
+# The interpreter's numpy warns of what a GPU does without a word: the logarithm of an ignored row's sum, 0.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+ONE_ROW = RowConfig(1, 256, 64, 1)  # one row a program, whole tiles and edges, as long rows have them on a GPU
 
 
 @pytest.fixture(autouse=True)
 def poisoned_workspaces(monkeypatch):
     poison(monkeypatch)
+
+
+def force(monkeypatch, config, splits):
+    """Make the launchers choose this configuration, and cut rows into so many splits."""
+    monkeypatch.setattr(row_softmax, "row_config", lambda *_, **__: config)
+    monkeypatch.setattr(row_softmax, "row_splits", lambda *_: splits)
 
 
 def make(N, V, dtype=torch.float32, spread=3.0):
@@ -90,6 +108,82 @@ def test_backward(N, V, head, dtype):
 
     in_place = row_softmax_backward(logits, labels, stats.lse, grad_logps, head, **upstream, out=logits)
     assert in_place is logits and torch.equal(in_place, got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V, splits, head", [
+    (1, 1, FULL), (1, 2, PLAIN), (63, 1, PLAIN), (64, 3, FULL), (256, 1, PLAIN), (257, 2, FULL), (1024, 4, PLAIN),
+    (1031, 1, FULL), (1031, 3, PLAIN), (1031, 16, FULL), (2083, 5, PLAIN),
+])  # fmt: skip
+def test_rows_split_over_programs_and_starting_anywhere(V, splits, head, dtype, monkeypatch):
+    """Rows at every distance from a multiple of 16 bytes; what lies around them is neither read nor written."""
+    force(monkeypatch, ONE_ROW, splits)
+    logits, labels, bias, grad_logps, grad_entropy = make(9, V, dtype)
+    labels[3:] = torch.randint(0, V, (6,), device=DEVICE)
+    bias, grad_entropy = (bias, grad_entropy) if head is FULL else (None, None)
+    grads = grad_logps, grad_entropy
+    (truth, truth_grad), (same, same_grad) = truth_and_torch(logits, labels, head, bias, grads)
+    wide = torch.full((11, V + 13 + V % 2), float("nan"), dtype=dtype, device=DEVICE)  # an odd stride
+    view = wide[1:10, 5 : V + 5]
+    view.copy_(logits)
+    stats = row_softmax_forward(view, labels, head, bias_V=bias, **WANT)
+    check_stats(stats, truth, same)
+    upstream = dict(bias_V=bias, entropy_N=stats.entropy, grad_entropy_N=grad_entropy)
+    got = row_softmax_backward(view, labels, stats.lse, grad_logps, head, **upstream)
+    assert_as_good_as_torch(got, same_grad, truth_grad, EPS)
+    row_softmax_backward(view, labels, stats.lse, grad_logps, head, **upstream, out=view)
+    assert torch.equal(view, got)
+    outside = torch.ones_like(wide, dtype=torch.bool)
+    outside[1:10, 5 : V + 5] = False
+    assert wide[outside].isnan().all() and not (got[labels == head.ignore_index] != 0).any()
+
+
+@pytest.mark.parametrize("N, V, splits", [(5, 1031, 3), (130, 1031, 2), (3, 40, 4)])
+def test_blocks_of_rows_are_split_too(N, V, splits, monkeypatch):
+    force(monkeypatch, RowConfig(64, 128, 128, 1), splits)
+    logits, labels, bias, grad_logps, grad_entropy = make(N, V)
+    grads = grad_logps, grad_entropy
+    (truth, truth_grad), (same, same_grad) = truth_and_torch(logits, labels, FULL, bias, grads)
+    stats = row_softmax_forward(logits, labels, FULL, bias_V=bias, **WANT)
+    check_stats(stats, truth, same)
+    upstream = dict(bias_V=bias, entropy_N=stats.entropy, grad_entropy_N=grad_entropy)
+    got = row_softmax_backward(logits, labels, stats.lse, grad_logps, FULL, **upstream)
+    assert_as_good_as_torch(got, same_grad, truth_grad, EPS)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU chooses the order of its programs itself")
+@pytest.mark.parametrize("config", [ONE_ROW, RowConfig(2, 256, 256, 1)], ids=["one row", "two rows"])
+def test_any_order_of_the_splits_gives_the_same_bits(config, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    force(monkeypatch, config, splits=5)
+    logits, labels, *_ = make(6, 1280)
+    set_grid_index = interpreter_builder.set_grid_idx
+    expected = row_softmax_forward(logits, labels, PLAIN, **WANT)
+    for seed in range(4):
+        order = torch.randperm(6 // config.block_n * 5, generator=torch.Generator().manual_seed(seed)).tolist()
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, o=order: set_grid_index(o[x], y, z))
+        got = row_softmax_forward(logits, labels, PLAIN, **WANT)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_a_gradient_whose_rows_start_elsewhere_than_the_logits(monkeypatch):
+    force(monkeypatch, ONE_ROW, splits=2)
+    logits, labels, _, grad_logps, _ = make(5, 1000)
+    lse = row_softmax_forward(logits, labels, PLAIN).lse
+    expected = row_softmax_backward(logits, labels, lse, grad_logps, PLAIN)
+    memory = torch.zeros(5 * 1004 + 8, device=DEVICE)
+    for offset, stride in ((0, 1000), (4, 1004), (1, 1000), (0, 1003)):
+        out = memory.as_strided((5, 1000), (stride, 1), offset)
+        assert can_align(ONE_ROW, logits, out) == (offset % 4 == stride % 4 == 0)
+        assert torch.equal(row_softmax_backward(logits, labels, lse, grad_logps, PLAIN, out=out), expected)
+
+
+def test_what_can_be_aligned():
+    logits = torch.zeros(6, 16, dtype=torch.float16)
+    assert can_align(ONE_ROW, logits) and can_align(ONE_ROW, logits[:, 1:]) and can_align(ONE_ROW, logits, logits)
+    assert not can_align(ONE_ROW, logits.t()) and not can_align(ONE_ROW, logits[:, ::2])
+    assert not can_align(ONE_ROW, logits, logits.float()) and not can_align(replace(ONE_ROW, block_n=2), logits)
 
 
 @pytest.mark.parametrize("alone", ["logps", "entropy"])
@@ -228,13 +322,152 @@ def test_more_rows_than_a_second_grid_axis_holds():
     assert_as_good_as_torch(got, same_grad, grad, EPS)
 
 
-@pytest.mark.slow
-def test_offsets_past_two_to_the_31(monkeypatch):
-    monkeypatch.undo()  # poisoning would touch, and so commit, all of it
+@pytest.mark.parametrize("config, splits", [(RowConfig(4, 64, 64, 1), 1), (RowConfig(1, 32, 8, 1), 2)])
+@pytest.mark.parametrize("strides", [(2**30, 1), (1, 2**27)], ids=["rows", "columns"])
+def test_offsets_past_two_to_the_31(strides, config, splits, monkeypatch, tmp_path):
+    monkeypatch.undo()  # poisoning would touch all of it
+    force(monkeypatch, config, splits)
     logits, labels, _, grad_logps, _ = make(4, 40, torch.float16)
-    far = torch.empty(3 * 2**30 + 40, dtype=torch.float16, device=DEVICE).as_strided((4, 40), (2**30, 1))
-    far.copy_(logits)
+    far = far_apart(logits, strides, tmp_path)
     stats, expected = (row_softmax_forward(x, labels, PLAIN, **WANT) for x in (far, logits))
     assert all(torch.equal(a, b) for a, b in zip(stats, expected))
     got, expected = (row_softmax_backward(x, labels, stats.lse, grad_logps, PLAIN, out=x) for x in (far, logits))
     assert torch.equal(got, expected)
+
+
+STRIDES = """
+import sys
+from dataclasses import replace
+import torch, triton
+from prefkern.kernels import aot, fused_logits, row_softmax
+from prefkern.kernels.tuning import ARCHS
+compiled = []
+triton.compile = lambda *args, original=triton.compile, **kw: compiled.append(original(*args, **kw)) or compiled[-1]
+for module in (row_softmax, fused_logits):
+    for spec in module.specializations(ARCHS["sm_90"], torch.bfloat16):
+        if not spec.name.endswith("full"):
+            continue
+        strides = {name: "i32" for name in spec.constexprs if name.startswith("stride_")}
+        constants = {name: value for name, value in spec.constexprs.items() if name not in strides}
+        spec = replace(spec, signature=spec.signature | strides, constexprs=constants | {"ALIGNED": False})
+        aot.compile_for(spec, ARCHS["sm_90"])
+        print("kernel", spec.name)
+        print(compiled[-1].asm["ttir"])
+"""
+
+
+def test_strides_are_widened_before_they_are_multiplied():
+    """In the compiler's own representation: whatever a stride is multiplied with, the product has 64 bits."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", STRIDES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = done.stdout.split("kernel ")[1:]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        name, *lines = kernel.splitlines()
+        uses = [line for line in lines if "%stride_" in line and "tt.func" not in line]
+        widened = [re.search(r"arith.extsi %(stride_\w+) : i32 to i64", line) for line in uses]
+        assert all(widened), uses
+        expected = {"stride_ln", "stride_lv"} | ({"stride_on", "stride_ov"} if "backward" in name else set())
+        assert {match[1] for match in widened} == expected
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_peaked_softmax_over_129_920(splits, monkeypatch):
+    """V is no multiple of a tile: nothing of the last one may leak into the sums, however small they are."""
+    force(monkeypatch, RowConfig(1, 8192, 2048, 8), splits)
+    logits, labels, _, grad_logps, grad_entropy = make(4, 129_920)
+    logits[0, -1], logits[3, 5] = 80.0, 1e4
+    labels[3] = 5
+    grads = grad_logps, grad_entropy
+    (truth, truth_grad), (same, same_grad) = truth_and_torch(logits, labels, PLAIN, grads=grads)
+    stats = row_softmax_forward(logits, labels, PLAIN, **WANT)
+    check_stats(stats, truth, same)
+    assert stats.logps[0] == stats.logps[3] == 0 and stats.is_top1[[0, 3]].all()
+    got = row_softmax_backward(
+        logits, labels, stats.lse, grad_logps, PLAIN, entropy_N=stats.entropy, grad_entropy_N=grad_entropy
+    )
+    assert_as_good_as_torch(got, same_grad, truth_grad, EPS)
+
+
+def test_fp16_logits_that_overflowed_give_nan_in_their_rows_alone():
+    """As torch has it: a loss scaler looks for just that. The largest finite logits are harmless."""
+    logits, labels, _, grad_logps, _ = make(9, 1031, torch.float16)
+    logits[4, 700], logits[5, 3], logits[6, 9] = torch.inf, -torch.inf, torch.finfo(torch.float16).max
+    (truth, truth_grad), (same, same_grad) = truth_and_torch(logits, labels, PLAIN, grads=(grad_logps, None))
+    stats = row_softmax_forward(logits, labels, PLAIN)
+    assert_as_good_as_torch(stats.logps, same.logps, truth.logps, EPS)
+    assert stats.logps.isnan().tolist() == [n == 4 for n in range(9)] and stats.lse.isfinite().sum() == 8
+    got = row_softmax_backward(logits, labels, stats.lse, grad_logps, PLAIN)
+    others = [n for n in range(9) if n != 4]
+    assert got[4].isnan().all()
+    assert_as_good_as_torch(got[others], same_grad[others], truth_grad[others], EPS)
+
+
+class Recorder(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class NeverLaunched:
+    """Stands for a kernel."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+def test_launchers_leave_nothing_to_wait_for(monkeypatch):
+    """Around the kernels there are allocations, copies on the device and one zeroing: no value goes to the host."""
+    monkeypatch.undo()  # poisoning is an operation too
+    force(monkeypatch, ONE_ROW, splits=3)
+    logits, labels, bias, grad_logps, grad_entropy = make(6, 300, torch.float16)
+    bias, scale = bias.repeat_interleave(2)[::2], torch.tensor(0.5, device=DEVICE)
+    for name in ("row_softmax_forward_kernel", "row_softmax_backward_kernel"):
+        monkeypatch.setattr(row_softmax, name, NeverLaunched())
+    with Recorder() as recorder:
+        stats = row_softmax_forward(logits, labels, PLAIN, bias_V=bias, **WANT)
+        upstream = dict(entropy_N=stats.entropy, grad_entropy_N=grad_entropy, grad_scale=scale)
+        row_softmax_backward(logits, labels, stats.lse, grad_logps, PLAIN, **upstream)
+    assert recorder.names == {"empty", "zeros", "split_with_sizes", "clone"}
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("N", [4, 5000], ids=["split", "whole"])
+def test_a_captured_graph_gives_the_same_bits_on_other_logits(N):
+    logits, labels, _, grad_logps, _ = make(N, 33_000, torch.bfloat16)
+    static = torch.empty_like(logits)
+
+    def both():
+        stats = row_softmax_forward(static, labels, PLAIN, **WANT)
+        return stats, row_softmax_backward(static, labels, stats.lse, grad_logps, PLAIN)
+
+    static.copy_(logits)
+    stats, grad = both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured_stats, captured_grad = both()
+    for _ in range(3):  # the counters have to be zero again every time
+        static.fill_(0)
+        graph.replay()
+        static.copy_(logits)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured_stats, stats)) and torch.equal(captured_grad, grad)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU can be waited for")
+def test_nothing_waits_for_the_gpu():
+    logits, labels, _, grad_logps, _ = make(64, 33_000, torch.bfloat16)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stats = row_softmax_forward(logits, labels, PLAIN, **WANT)
+        row_softmax_backward(logits, labels, stats.lse, grad_logps, PLAIN, out=logits)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
