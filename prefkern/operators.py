@@ -420,7 +420,7 @@ def preference(
         wanted = [t for t, need in zip((x, kl), needs) if need]
         grads = iter(torch.autograd.grad(result.loss, wanted) if wanted else ())
     if len(result.metrics) != metrics:
-        raise RuntimeError(f"{known.name} reports {', '.join(result.metrics)}: not the {metrics} metrics it was traced with")
+        raise RuntimeError(f"{known.name} reports {', '.join(result.metrics)}, but was traced with {metrics} metrics")
     wide = accumulator(logps.dtype)
     column = torch.stack([m.detach().to(wide) for m in result.metrics.values()]) if metrics else logps.new_empty(0)
     dlogps, dkl = (_fresh(next(grads) if need else None, logps) for need in needs)

@@ -72,8 +72,8 @@ def preference_loss(
     A group in which no token counts has weight 0. A loss of several addends (`nll_weight`, `combination`) is the sum of
     theirs, each divided by its own normalizer.
 
-    Under torch.compile the whole of it is one operator (`prefkern.operators`) and breaks no graph. Lengths and numbers of
-    prompts are no constants of that graph; the loss object is one, and so is a normalizer that is a float (pass a
+    Under torch.compile the whole of it is one operator (`prefkern.operators`) and breaks no graph. Lengths and numbers
+    of prompts are no constants of that graph; the loss object is one, and so is a normalizer that is a float (pass a
     tensor where it changes). Build layout and loss outside the compiled function. The output's scores are None; with
     `state` the call stays outside the graph.
 

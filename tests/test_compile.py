@@ -56,7 +56,7 @@ class Model(torch.nn.Module):
 
 
 def batch(loss, size: int) -> tuple[Tensor, Tensor, pk.Layout, dict]:
-    """States, labels, layout and what else the loss wants; `size` decides all lengths and how many prompts there are."""
+    """States, labels, layout and what else the loss wants; `size` decides all lengths and the number of prompts."""
     generator = torch.Generator().manual_seed(size)
     layout = {
         "pair": lambda: pk.Layout.pairs([size + i for i in range(size)], [2 * size + 1] * size),
@@ -308,7 +308,8 @@ def test_opcheck_of_the_head(options):
 
 @pytest.mark.parametrize("options", HEADS, ids=str)
 def test_opcheck_of_the_heads_gradient(options):
-    *tensors, ref, labels, softcap, scale, temperature, ignore, want, impl, workspace, eps, needs = head_inputs(**options)
+    inputs = head_inputs(**options)
+    *tensors, ref, labels, softcap, scale, temperature, ignore, want, impl, workspace, eps, needs = inputs
     tensors = [None if t is None else t.detach() for t in tensors]
     stats = operators.token_logps(
         *tensors, ref, labels, softcap, scale, temperature, ignore, want, impl, workspace, eps, needs
