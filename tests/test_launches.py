@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 import prefkern as pk
 from conftest import DEVICE
-from prefkern import planner
+from prefkern import planner, preference_tail
 from prefkern import rows as torch_rows
 from prefkern.head import Head
 from prefkern.kernels import lm_head, row_softmax
@@ -143,3 +143,21 @@ def test_chunked_body(train_hidden, train_head, rows_at_once, launches, triton_r
     frozen = train_hidden and not train_head
     expected = Counter({FORWARD: count, BACKWARD: count if frozen else 0})
     assert step(launches, forward, hidden, weight) == (+expected, {BACKWARD: slices} if train_head else {})
+
+
+@pytest.mark.parametrize("train_weight, rows_at_once, count", [(True, N, 1), (False, N, 1), (False, 40, 2)])
+def test_a_loss_local_to_groups(train_weight, rows_at_once, count, launches, triton_rows, monkeypatch):
+    """A chunk of whole pairs is read, differentiated and its loss made in one launch each; once more for the value."""
+    monkeypatch.setattr(preference_tail, "uses_triton", lambda device, dtype: True)
+    hidden, weight, labels = problem(train_head=train_weight)
+    bias = torch.zeros(V, device=DEVICE, requires_grad=True)
+
+    def forward():
+        out = pk.linear_preference_loss(
+            hidden, weight, labels, pairs(), pk.losses.DPO(), torch.zeros(N, device=DEVICE), bias=bias,
+            workspace_bytes=rows_at_once * V * 4,
+        )  # fmt: skip
+        return out.loss
+
+    expected = {FORWARD: count, BACKWARD: count, "tail_kernel": count + 1}
+    assert step(launches, forward, hidden) == (expected, {})
