@@ -112,13 +112,14 @@ def test_a_peaked_softmax_over_129920_entries(name, needs, monkeypatch):
     weight[labels] += 2 * hidden
     truth = run("eager", *double(hidden, weight, labels), needs=needs)
     assert truth["logps"].max() > -1e-6 and truth["logps"].min() > -1e-2
+    given = hidden, weight, labels
     half_ulp = 2.0**-19  # of a log-sum-exp below 64, relative to p
     largest = {"dh": weight.abs().max(), "dw": hidden.abs().max()}
     for entropy in (False, True):
         truth, same, got = (
             run(how, *tensors, needs=needs, entropy=entropy, workspace_bytes=300_000)
-            for how, tensors in (("eager", double(hidden, weight, labels)), ("eager", (hidden, weight, labels)), (name, (hidden, weight, labels)))
-        )  # fmt: skip
+            for how, tensors in (("eager", double(*given)), ("eager", given), (name, given))
+        )
         for key in truth:
             lost = 3 * half_ulp * largest[key] / truth[key].abs().max() if key in largest else 0.0
             assert_as_good_as_torch(got[key], same[key], truth[key], EPS + float(lost))
@@ -334,11 +335,11 @@ def test_a_weight_shared_with_the_embedding(body):
 def test_two_losses_on_one_hidden(body):
     hidden, weight, labels = make()
     hidden.requires_grad_(), weight.requires_grad_()
-    x = hidden * 1.0
-    same_as_eager(body, lambda f: f(hidden, weight, labels).sum() - 2 * f(hidden, weight, labels.roll(1)).exp().sum(),
-                  hidden, weight)  # fmt: skip
-    both = f"{x.shape}"
-    assert both == f"{hidden.shape}"
+
+    def loss_of(f):
+        return f(hidden, weight, labels).sum() - 2 * f(hidden, weight, labels.roll(1)).exp().sum()
+
+    same_as_eager(body, loss_of, hidden, weight)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
