@@ -1,16 +1,18 @@
 """The cut body: from hidden states and head weights to row statistics, with nothing of size N x V in memory.
 
-    forward    z = transform(hidden @ weight.T + bias);  lse = logsumexp_v z;  logp = z[label] - lse; entropy, ...
+    forward    z0 = hidden @ weight.T + low @ low_weight.T + bias;  z = transform(z0);  lse = logsumexp_v z
+               logp = z[label] - lse; entropy, ...
     backward   dz0 = (g (onehot - p) - h p (log p + entropy)) dz/dz0,          g = dL/dlogp, h = dL/dentropy
-               dhidden = dz0 @ weight;  dweight = dz0.T @ hidden;  dbias = sum_n dz0
+               dhidden = dz0 @ weight;  dweight = dz0.T @ hidden;  dbias = sum_n dz0; low's and low_weight's likewise
 
-FLOPs: 2NDV forward; backward 2NDV to recompute the logits and 2NDV for each of dhidden and dweight that is needed.
-Forward: a program holds one tile of logits in registers and folds tile after tile of its part of the vocabulary into
-row sums; a second kernel folds the parts. Backward: the vocabulary is walked in slices. A kernel recomputes a slice's
-logits and writes only their gradient, in the dtype of the hidden states, to one reused workspace; two library products
-do the rest. dhidden adds up in fp32 over the slices; a slice's dweight is complete, so the library's fp32 accumulator
-is all it needs. Logits, row sums and z are fp32. Every sum has a fixed order: deterministic.
-Source: Wijmans et al. 2024, arXiv:2411.09009 (forward); the slices are ours.
+FLOPs: 2NDV forward; backward 2NDV to recompute the logits and 2NDV for each of dhidden and dweight that is needed. A
+second pair of factors of R columns (LoRA) adds R to D. Forward: a program holds one tile of logits in registers and
+folds tile after tile of its part of the vocabulary into row sums; a second kernel folds the parts. Backward: the
+vocabulary is walked in slices. A kernel recomputes a slice's logits and writes only their gradient, in the dtype of the
+hidden states, to one reused workspace; library products do the rest, or with a filter those of block_sparse.py, which
+skip tiles. Sums over the slices (dhidden) are fp32; a slice's dweight is complete, so the product's fp32 accumulator is
+all it needs. Logits, row sums and z are fp32. Every sum has a fixed order: deterministic.
+Source: Wijmans et al. 2024, arXiv:2411.09009 (forward, filter); the slices are ours.
 """
 
 import itertools
@@ -418,7 +420,8 @@ class _Inputs(NamedTuple):
     def config(self, arch: Arch, *, bare: bool, gradient: bool) -> HeadConfig:
         copies = can_bulk_copy(self.hidden_ND) and can_bulk_copy(self.weight_VD)
         N, dtype = self.hidden_ND.shape[0], self.hidden_ND.dtype
-        return head_config(N, dtype, arch, bare=bare, bulk_copies=copies, gradient=gradient)
+        bias = self.bias_V is not None
+        return head_config(N, dtype, arch, bare=bare, bulk_copies=copies, gradient=gradient, bias=bias)
 
     def choose(self, name: str, config: HeadConfig, arch: Arch, launch: Callable) -> HeadConfig:
         (N, D), V = self.hidden_ND.shape, self.weight_VD.shape[0]
@@ -440,33 +443,36 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
     With few rows, and without the copy engine, where that makes a difference.
     """
     found = {}
-    for (name, kernel), (variant, n, full, rank, copies) in itertools.product(_KERNELS, _VARIANTS):
+    for (name, kernel), (variant, n, full, bias, rank, copies) in itertools.product(_KERNELS, _VARIANTS):
         gradient = kernel is lm_head_dlogits_kernel
-        config = head_config(n, dtype, arch, bare=not full, bulk_copies=copies, gradient=gradient)
+        config = head_config(n, dtype, arch, bare=not full, bulk_copies=copies, gradient=gradient, bias=bias)
         sizes = {"D": 4112 if full else 4096, "R": rank} | ({} if n == _MANY else {"N": n})
-        spec = _specialization(f"{name} {variant}", kernel, config, dtype, full, sizes)
+        spec = _specialization(f"{name} {variant}", kernel, config, dtype, full, bias, sizes)
         found.setdefault((kernel, config, full, rank), spec)
-    forward = head_config(_MANY, dtype, arch, bare=True, bulk_copies=True)
+    forward = head_config(_MANY, dtype, arch, bare=True, bulk_copies=True, bias=False)
     filtered = head_config(_MANY, dtype, arch, bare=False, bulk_copies=True, gradient=True)
     return [*found.values(), *block_sparse.specializations(dtype, filtered), _combine_specialization(arch, forward)]
 
 
 _KERNELS = (("lm_head_forward", lm_head_forward_kernel), ("lm_head_dlogits", lm_head_dlogits_kernel))
 _MANY, _FEW = 8192, 64
-# name, rows, every option, rank of the second pair of factors, whether the copy engine may be used
+# name, rows, every option but the bias, the bias, rank of the second factors, whether the copy engine may be used
 _VARIANTS = (
-    ("plain", _MANY, False, 0, True),
-    ("lora", _MANY, False, 16, True),
-    ("full", _MANY, True, 128, True),
-    ("few rows", _FEW, False, 0, True),
-    ("pointers", _MANY, False, 0, False),
-    ("pointers full", _MANY, True, 128, False),
-    ("pointers few rows", _FEW, False, 0, False),
+    ("plain", _MANY, False, False, 0, True),
+    ("lora", _MANY, False, False, 16, True),
+    ("full", _MANY, True, True, 128, True),
+    ("without bias", _MANY, True, False, 128, True),
+    ("few rows", _FEW, False, False, 0, True),
+    ("few rows without bias", _FEW, True, False, 128, True),
+    ("pointers", _MANY, False, False, 0, False),
+    ("pointers full", _MANY, True, True, 128, False),
+    ("pointers few rows", _FEW, False, False, 0, False),
+    ("pointers few rows without bias", _FEW, True, False, 128, False),
 )
 
 
 def _specialization(
-    name: str, kernel, config: HeadConfig, dtype: torch.dtype, full: bool, sizes: dict[str, int]
+    name: str, kernel, config: HeadConfig, dtype: torch.dtype, full: bool, bias: bool, sizes: dict[str, int]
 ) -> Specialization:
     x, f = f"*{TYPE_NAMES[dtype]}", "*fp32"
     ints = ("stride_hn", "stride_wv", "N", "D", "V", "R")
@@ -477,15 +483,15 @@ def _specialization(
     low = dict.fromkeys(("low_ptr", "low_weight_ptr"), x)
     if kernel is lm_head_forward_kernel:
         types |= {"max_ptr": f, "sum_ptr": f, "label_ptr": f, "tiles_per_split": "i32", "splits": "i32"}
-        optional = {"bias_ptr": x, "dot_ptr": f, "total_ptr": f}
+        optional = {"dot_ptr": f, "total_ptr": f}
     else:
         types |= {"lse_ptr": f, "grad_logp_ptr": f, "out_ptr": x, "filter_eps": "fp32"}
         types |= dict.fromkeys(("first_v", "width", "ignore_index"), "i32")
-        optional = {"bias_ptr": x, "entropy_ptr": f, "grad_entropy_ptr": f, "kept_ptr": "*i8"}
+        optional = {"entropy_ptr": f, "grad_entropy_ptr": f, "kept_ptr": "*i8"}
     options = _options(config, sizes["D"], sizes["R"])
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     fixed = {"stride_hd": 1, "stride_wd": 1, "HAS_SOFTCAP": full} | options
-    for given, names in ((sizes["R"] > 0, low), (full, optional)):
+    for given, names in ((sizes["R"] > 0, low), (full, optional), (bias, {"bias_ptr": x})):
         types, fixed = (types | names, fixed) if given else (types, fixed | dict.fromkeys(names))
     divisible = ("stride_hn", "stride_wv", "D", "V", "R", "width")
     return Specialization(

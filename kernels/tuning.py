@@ -91,11 +91,11 @@ _ROW_THREADS, _THREAD_BYTES = 256, 64
 
 @dataclass(frozen=True)
 class RowConfig:
-    """block_n rows a program, read block_v columns at a time, or edge_v where the row does not go on for as long."""
+    """block_n rows a program, read block_v columns at a time; each row keeps so many lanes of running sums."""
 
     block_n: int
     block_v: int
-    edge_v: int
+    lanes: int
     num_warps: int
     num_stages: int = 1
 
@@ -126,13 +126,13 @@ def row_config(V: int, dtype: torch.dtype, arch: Arch, *, writes: bool) -> RowCo
     if arch.name == "interpreter":
         # Its cost is the number of programs, not their size.
         block_v = min(triton.next_power_of_2(V), 512)
-        return RowConfig(2**15 // block_v, block_v, block_v, num_warps=1)
+        return RowConfig(2**15 // block_v, block_v, lanes=1, num_warps=1)
     thread_bytes = _THREAD_BYTES // 2 if writes else _THREAD_BYTES
     block_v = min(triton.next_power_of_2(V), _ROW_THREADS * thread_bytes // dtype.itemsize)
     num_warps = _ROW_THREADS // arch.warp_size
     if block_v * dtype.itemsize < _ROW_THREADS * thread_bytes:
-        return RowConfig(max(1, 1024 // block_v), block_v, block_v, num_warps // 2)
-    return RowConfig(1, block_v, _ROW_THREADS * 16 // dtype.itemsize, num_warps)
+        return RowConfig(max(1, 1024 // block_v), block_v, lanes=1, num_warps=num_warps // 2)
+    return RowConfig(1, block_v, _ROW_THREADS, num_warps)
 
 
 def row_splits(N: int, V: int, config: RowConfig, arch: Arch) -> int:
@@ -163,14 +163,16 @@ def can_bulk_copy(matrix: torch.Tensor) -> bool:
 
 
 def head_config(
-    N: int, dtype: torch.dtype, arch: Arch, *, bare: bool, bulk_copies: bool, gradient: bool = False
+    N: int, dtype: torch.dtype, arch: Arch, *, bare: bool, bulk_copies: bool, gradient: bool = False, bias: bool = True
 ) -> HeadConfig:
     """Matmul kernels, which keep one (block_n, block_v) fp32 tile, and what they make of it, in registers.
 
-    bare: they make little of it (no softcap, entropy, mean or filter), which leaves registers over for a wide tile: a
-        tile of 128 x 256 asks a third less of the L2 cache for each product than two of 128 x 128.
+    A tile of 128 x 256 asks a third less of the L2 cache for each product than two of 128 x 128, where it fits.
+
+    bare: they make little of it: no softcap, entropy, mean or filter.
     bulk_copies: `can_bulk_copy` of both operands.
     gradient: whether they differentiate the tile and write it, instead of folding it into row sums.
+    bias: whether one is added to it.
     """
     if arch.name == "interpreter":
         return HeadConfig(128, 256, 64, num_warps=1, num_stages=1, group_n=2)
@@ -185,6 +187,8 @@ def head_config(
     if arch.shared_memory < ARCHS["sm_80"].shared_memory:  # consumer boards
         return HeadConfig(128, 128, 32, num_warps=8, num_stages=2)
     tma = bulk_copies and arch.name.startswith(("sm_9", "sm_10"))
+    if arch.name.startswith("sm_9"):
+        bare = bare or not (gradient or bias)
     if bare and N <= _FEW_ROWS and not arch.name.startswith("sm_10"):
         return HeadConfig(64, 128, 64, num_warps=4, num_stages=4, per_sm=2, tma=tma)
     if bare and tma and (gradient or arch.name.startswith("sm_9")):
@@ -249,8 +253,7 @@ def neighbours(config: Config) -> list[Config]:
             found += [replace(config, **{name: v}) for v in (getattr(config, name) // 2, getattr(config, name) * 2)]
     found += [replace(config, num_stages=config.num_stages + step) for step in (-1, 1) if config.num_stages + step > 0]
     found += [replace(config, tma=False)] if getattr(config, "tma", False) else []
-    found = [c for c in found if 1 <= c.num_warps <= 16 and c.block_v >= 16 and getattr(c, "block_d", 16) >= 16]
-    return [replace(c, edge_v=min(c.edge_v, c.block_v)) if isinstance(c, RowConfig) else c for c in found]
+    return [c for c in found if 1 <= c.num_warps <= 16 and c.block_v >= 16 and getattr(c, "block_d", 16) >= 16]
 
 
 _best: dict[tuple, Any] = {}

@@ -132,6 +132,16 @@ def test_few_rows_take_a_low_tile_and_small_programs():
         assert bare_config(1, arch) == few and bare_config(1 << 20, arch) == many
 
 
+def test_hopper_folds_wide_tiles_whatever_is_asked_of_them_but_a_bias():
+    def width(arch, **options):
+        return head_config(8192, torch.bfloat16, ARCHS[arch], bulk_copies=True, **options).block_v
+
+    assert width("sm_90", bare=True) == width("sm_90", bare=False, bias=False) == 256
+    assert width("sm_90", bare=False) == width("sm_90", bare=False, gradient=True, bias=False) == 128
+    assert [width("sm_100", bare=True, gradient=gradient) for gradient in (True, False)] == [256, 128]
+    assert width("sm_80", bare=True) == 128
+
+
 @ARCH
 def test_the_copy_engine_is_used_where_there_is_one(arch):
     for dtype, bare in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, True)):
