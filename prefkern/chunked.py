@@ -19,7 +19,7 @@ from prefkern import rows as torch_rows
 from prefkern import tiles
 from prefkern.head import Head, RowStats
 from prefkern.planner import Plan
-from prefkern.products import add_product, product, product_into
+from prefkern.products import add_product, by_columns, product, product_into
 from prefkern.reference import accumulator
 
 # Labels of a slice are taken less its start; these two values can then not be mistaken for a label.
@@ -159,6 +159,7 @@ def walk_vocabulary(
         for x, needed in ((weight_VD, needs[1]), (low_weight_VR, needs[4]))
     )
     dbias = torch.zeros_like(bias_V, dtype=wide) if needs[2] else None
+    right = {block.start: by_columns(hidden_ND[block]) for block in blocks} if needs[1] else {}
     scratch = hidden_ND.new_empty(min(height, n) * min(step, vocab))
     for i in range(0, vocab, step):
         part = slice(i, min(i + step, vocab))
@@ -173,9 +174,9 @@ def walk_vocabulary(
             if dlow is not None:
                 add_product(dlow[block], dlogits, low_weight)
             if dweight is not None:
-                dweight.add(part, dlogits.t(), hidden)
+                dweight.add(part, dlogits, right[block.start])
             if dlow_weight is not None:
-                dlow_weight.add(part, dlogits.t(), low)
+                dlow_weight.add(part, dlogits, low)
             if dbias is not None:
                 dbias[part] += dlogits.sum(0, dtype=wide)
     return Gradients(
@@ -198,8 +199,9 @@ class _OfVocabulary:
         shape = (min(step, operand.shape[0]), operand.shape[1])
         self.scratch = operand.new_empty(shape, dtype=self.wide) if narrow else None
 
-    def add(self, part: slice, a: Tensor, b: Tensor) -> None:
-        """a @ b of the next row block of a slice; slices one after the other."""
+    def add(self, part: slice, dlogits: Tensor, b: Tensor) -> None:
+        """dlogits.T @ b of the next row block of a slice; slices one after the other."""
+        a = dlogits.t()
         out, self.seen = self.total[part], (self.seen + 1) % self.blocks
         if self.blocks == 1:
             return product_into(out, a, b)

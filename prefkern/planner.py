@@ -111,6 +111,8 @@ _LOCAL_ROWS = {"cpu": 256}
 _LOCAL_ROWS_ON_DEVICE = 1024
 # Rows of a CPU's tile. More of them widen the fp32 sums of forward beyond the cache, fewer narrow the products.
 _TILE_ROWS = 1024
+# Logits of a CPU's tile, however large the workspace: they stay in its last cache from one product to the next.
+_TILE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -168,15 +170,19 @@ class Plan:
         """Rows and vocabulary entries of a tile of the walk over the vocabulary: all rows, but on a CPU."""
         n, _, v = self.shape
         rows = n if self.device_type != "cpu" else max(1, min(n, 2 * _TILE_ROWS))
-        return max(1, rows), _fit(self.workspace_bytes, rows * self.itemsize, v)
+        return max(1, rows), _fit(self._tile_elements, rows, v)
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and vocabulary entries of a tile of logits that fits the workspace, where rows need not be whole."""
         n, _, v = self.shape
+        rows = max(1, min(n, _TILE_ROWS, self._tile_elements))
+        return rows, _fit(self._tile_elements, rows, v)
+
+    @property
+    def _tile_elements(self) -> int:
         elements = max(1, self.workspace_bytes // self.itemsize)
-        rows = max(1, min(n, _TILE_ROWS, elements))
-        return rows, _fit(elements, rows, v)
+        return elements if self.device_type != "cpu" else min(elements, _TILE_ELEMENTS)
 
 
 def _fit(budget: int, unit: int, most: int) -> int:
@@ -270,14 +276,12 @@ def explain(
 
 
 def default_workspace(device: torch.device) -> int:
-    """Bytes for one block of logits: 8 MiB on a CPU; on a GPU 1/256 of all its memory, at most 512 MiB.
-
-    8 MiB of logits stay in a CPU's last cache between their product and the next.
+    """Bytes for one block of logits: 16 MiB on a CPU; on a GPU 1/256 of all its memory, at most 512 MiB.
 
     Of all and not of what is free: the size of a block may change rounding, and equal inputs shall give equal bits.
     """
     if device.type != "cuda":
-        return 8 << 20
+        return 16 << 20
     return min(512 << 20, torch.cuda.get_device_properties(device).total_memory // 256)
 
 

@@ -20,7 +20,10 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         out: (M, L) memory that may be used for the result. It need not be: use what is returned.
     """
     if _onednn_serves(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        if a.is_contiguous() or not b.t().is_contiguous():
+            return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        # Both by columns: the product of the transposes is by rows.
+        return torch.ops.mkldnn._linear_pointwise(b.t(), a, None, "none", [], "").t()
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
 
@@ -41,13 +44,20 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None
         total.add_(product(a, b), alpha=alpha)
 
 
+def by_columns(x: Tensor) -> Tensor:
+    """x for many products `a.t() @ x`: where oneDNN computes them, laid out by columns, as a.t() is too."""
+    return x.t().contiguous().t() if _has_two_libraries(x) and _onednn_is_faster() else x
+
+
 def _onednn_serves(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN takes these two and is the faster: fp32 matrices on an x86 processor that MKL does not favour."""
-    if a.dtype != torch.float32 or a.device.type != "cpu" or a.shape[0] * a.numel() == 0:
+    if not _has_two_libraries(a) or a.numel() == 0 or a.numel() * b.shape[1] < _SMALL:
         return False
-    if a.numel() * b.shape[1] < _SMALL or not (_dense(a) and _dense(b)):
-        return False
-    return _onednn_is_faster()
+    return _dense(a) and _dense(b) and _onednn_is_faster()
+
+
+def _has_two_libraries(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _dense(x: Tensor) -> bool:

@@ -129,7 +129,8 @@ def row_softmax_backward(
     label = labels_N.clamp(0, vocab - 1)[:, None]
     hit = torch.where(inside[:, None], g, 0.0)
     for piece in pieces(logits_NV):
-        z = transformed(logits_NV[piece], head, bias_V)
+        raw = logits_NV[piece]
+        z = transformed(raw, head, bias_V, overwrite=out is logits_NV)
         slope = slope_of(z, head)
         log_p = z.sub_(lse_N[piece, None])
         if e is None:
@@ -139,7 +140,9 @@ def row_softmax_backward(
             dz = log_p.clamp_(min=-1e30).add_(entropy_N[piece, None]).mul_(e[piece])
             dz = dz.add_(g[piece]).mul_(p).neg_()
         dz.scatter_add_(1, label[piece], hit[piece])
-        out[piece].copy_(dz if slope is None else dz.mul_(slope))
+        dz = dz if slope is None else dz.mul_(slope)
+        if dz is not raw:
+            out[piece].copy_(dz)
     if out.device.type == "cpu":
         return out.index_fill_(0, (~valid).nonzero()[:, 0], 0.0)  # 0 times a logit that is not finite is NaN
     return out.masked_fill_(~valid[:, None], 0.0)  # a pass over all, but without waiting for the device
@@ -153,9 +156,9 @@ def pieces(logits_NV: Tensor) -> list[slice]:
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def transformed(logits: Tensor, head: Head, bias: Tensor | None) -> Tensor:
-    """A new tensor z of raw logits, in at least fp32."""
-    z = logits.to(accumulator(logits.dtype), copy=True)
+def transformed(logits: Tensor, head: Head, bias: Tensor | None, *, overwrite: bool = False) -> Tensor:
+    """z of raw logits, in at least fp32: a new tensor, or with `overwrite` the logits themselves if as wide."""
+    z = logits.to(accumulator(logits.dtype), copy=not overwrite)
     if bias is not None:
         z.add_(bias)
     if head.logit_scale != 1.0:

@@ -148,7 +148,7 @@ class _Sums:
         inside = (labels >= 0) & (labels < width)
         column = labels.clamp(0, width - 1)[:, None]
         for piece in pieces(tile):
-            z = transformed(tile[piece], self.head, bias)
+            z = transformed(tile[piece], self.head, bias, overwrite=True)
             torch.amax(z, 1, out=top[piece])
             hit = inside[piece, None]
             mine["label"][piece] += torch.where(hit, z.gather(1, column[piece]), 0.0)[:, 0]
