@@ -148,12 +148,14 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Bytes that have to move: every operand and result once for each product it takes part in."""
+        """Bytes that have to move: operands and result of every product once; the cut body stores no logits."""
         n, d, v = self.shape
-        products = self.row.flops // 2
-        return self.itemsize * products * (n * d + v * d) + 2 * self.itemsize * self.logits_passes * n * v * (
-            self.row.body != "cut"
-        )
+        products = self.row.flops // 2 - (self._has_backward and not self.grad_hidden)
+        low = 0 if self.rank == 0 else self.logits_passes + sum(self.grad_low)
+        moved = products * (n * d + v * d + n * v) + low * (n * self.rank + v * self.rank + n * v)
+        if self.row.body == "cut":  # forward leaves nothing, and an adapter's share joins in registers
+            moved -= n * v * (1 + (self.logits_passes if self.rank else 0))
+        return self.itemsize * moved
 
     @property
     def rows_per_chunk(self) -> int:
