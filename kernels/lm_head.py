@@ -61,7 +61,7 @@ def logits_tile(
         z0 = add_dot_copied(z0, hidden, weight, first_n, first_v, D, BLOCK_D)
     else:
         z0 = add_dot(z0, hidden, weight, rows, cols, D, stride_hn, stride_hd, stride_wv, stride_wd, EVEN_D, BLOCK_D)
-    if low_ptr is not None:
+    if low_ptr is not None:  # a few steps: a pipeline of its own would cost the tile its registers
         z0 = add_dot(z0, low_ptr, low_weight_ptr, rows, cols, R, R, 1, R, 1, False, BLOCK_R, 1)
     if bias_ptr is not None:
         z0 += tl.load(bias_ptr + cols).to(tl.float32)[None, :]
