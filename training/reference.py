@@ -83,7 +83,7 @@ def frozen_copy(model: nn.Module) -> nn.Module | None:
 
 
 def shares_head(model: nn.Module, config: ReferenceConfig) -> bool:
-    """Whether policy and reference have one output head (with an adapter that the reference lacks, perhaps).
+    """Whether one pass over the output head serves policy and reference; the policy alone may have an adapter on it.
 
     Args:
         model: the policy.
@@ -91,6 +91,8 @@ def shares_head(model: nn.Module, config: ReferenceConfig) -> bool:
     """
     if config.mode in ("frozen", "adapter_off"):
         return has_adapters(model) and not output_head(model).is_copy
+    if config.mode == "kl_triggered":  # which looks at the reference's log-probabilities itself
+        return False
     return config.moves and not output_head(model).trains
 
 
