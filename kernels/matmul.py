@@ -24,7 +24,7 @@ def add_dot(
     total, a_ptr, b_ptr, rows, cols, K, stride_am, stride_ak, stride_bn, stride_bk,
     EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr = None,
 ):  # fmt: skip
-    """total + a[rows] @ b[cols].T; rows and cols are int64 and in range: the caller clamps. STAGES: None: the launch's."""
+    """total + a[rows] @ b[cols].T; rows and cols: int64, in range, the caller clamps. STAGES: None: as launched."""
     offs_k = tl.arange(0, BLOCK_K)
     dims = offs_k.to(tl.int64)
     a_ptrs = a_ptr + (rows * stride_am)[:, None] + (dims * stride_ak)[None, :]
