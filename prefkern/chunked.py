@@ -61,7 +61,7 @@ def forward(
     """Row statistics; d logp_n / d hidden_n and d logp_n / d low_n of the first `gradient` rows, in hidden's dtype.
 
     Args:
-        gradient: how many leading rows want their gradient, 0 for none.
+        gradient: how many leading rows want their gradients, of what `plan` says needs one; 0 for none.
         low_NR, low_weight_VR: second pair of factors of the logits, an adapter's; None for none.
     """
     if rows is torch_rows:
@@ -72,8 +72,8 @@ def forward(
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     step = plan.rows_per_chunk
     scratch = hidden_ND.new_empty(min(step, n), vocab)
-    pairs = [] if not gradient else [(weight_VD, hidden_ND)] + [(low_weight_VR, low_NR)] * (low_NR is not None)
-    units = [x.new_empty((gradient, x.shape[1])) for _, x in pairs]
+    sides = ((weight_VD, hidden_ND, plan.grad_hidden), (low_weight_VR, low_NR, plan.grad_low[0]))
+    units = [x.new_empty((gradient, x.shape[1])) if gradient and wanted else None for _, x, wanted in sides]
     parts = []
     starts = [*range(0, gradient, step), *range(gradient, n, step)]
     for i, stop in zip(starts, [*starts[1:], n]):
@@ -85,13 +85,14 @@ def forward(
         if i < gradient:
             one = torch.ones_like(stats.lse)
             rows.row_softmax_backward(logits, labels, stats.lse, one, head, bias_V=bias_V, out=logits)
-            for unit, (w, _) in zip(units, pairs):
-                torch.mm(logits, w, out=unit[chunk])
+            for unit, (w, _, _) in zip(units, sides):
+                if unit is not None:
+                    torch.mm(logits, w, out=unit[chunk])
         parts.append(stats)
     if not parts:
         parts = [torch_rows.row_softmax_forward(scratch, labels_N, head, **want)]
     stats = RowStats(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
-    return stats, *units, *[None] * (2 - len(units))
+    return stats, *units
 
 
 def backward(

@@ -126,8 +126,8 @@ def _(hidden, weight, bias, low, low_weight, ref_hidden, labels, softcap, logit_
     stats = _fake_stats(hidden, want)
     ref_logps = hidden.new_empty(0) if ref_hidden is None else torch.empty_like(stats[0])
     keeps = _keeps_units(impl, needs)
-    unit = hidden.new_empty(hidden.shape if keeps else 0)
-    unit_low = hidden.new_empty(low.shape if keeps and low is not None else 0)
+    unit = hidden.new_empty(hidden.shape if keeps and needs[0] else 0)
+    unit_low = hidden.new_empty(low.shape if keeps and needs[3] else 0)
     return *stats, ref_logps, unit, unit_low
 
 

@@ -47,7 +47,7 @@ def forward(
     Args:
         hidden_ND, weight_VD, bias_V, labels_N, head, low_NR, low_weight_VR: as in `chunked.forward`.
         want: the optional statistics, as keywords of `rows.row_softmax_forward`.
-        gradient: number of leading rows whose gradient is wanted; 0 for none.
+        gradient: number of leading rows whose gradients are wanted, of what `plan` says needs one; 0 for none.
     """
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     operands = _Operands(hidden_ND, weight_VD, bias_V, low_NR, low_weight_VR)
@@ -55,7 +55,8 @@ def forward(
     sums = _Sums.fresh(n, vocab, head, want, wide, hidden_ND.device)
     units = [None, None]
     if gradient:
-        units = [None if x is None else x.new_empty((gradient, x.shape[1])) for x in (hidden_ND, low_NR)]
+        wanted = ((hidden_ND, plan.grad_hidden), (low_NR, plan.grad_low[0]))
+        units = [x.new_empty((gradient, x.shape[1])) if wants else None for x, wants in wanted]
     rows, width = plan.tile
     width = min(width, max(1, vocab))
     scratch = hidden_ND.new_empty(min(rows, n) * width)

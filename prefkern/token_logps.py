@@ -239,7 +239,7 @@ class TokenLogps(torch.autograd.Function):
         if grad_logps is None and grad_entropy is None:
             return (None,) * 8
         with torch.no_grad():
-            if unit is not None and grad_entropy is None:
+            if (unit is not None or unit_low is not None) and grad_entropy is None:
                 scaled = (None if u is None else (u * grad_logps[:, None]).to(u.dtype) for u in (unit, unit_low))
                 dhidden, dlow = (g if need else None for g, need in zip(scaled, (needs[0], needs[3])))
                 grads = dhidden, None, None, dlow, None
