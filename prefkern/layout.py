@@ -307,7 +307,19 @@ class Layout:
         return [slice(a, b) for a, b in itertools.pairwise([*edges, self.num_prompts])]
 
     def prompts(self, run: slice) -> Part:
-        """The prompts run.start to run.stop, cut as they are here."""
+        """The prompts run.start to run.stop, cut as they are here; kept for the next call, as `index` is."""
+        key = run.start, run.stop
+        if key not in self._parts:
+            self._parts[key] = self._prompts(run)
+        return self._parts[key]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], Part]:
+        return {}
+
+    def _prompts(self, run: slice) -> Part:
+        if run.start == 0 and run.stop == self.num_prompts:
+            return Part(self, slice(0, self.num_tokens), slice(0, self.num_responses))
         starts = (*self.prompt_starts, self.num_responses)
         responses = slice(starts[run.start], starts[run.stop])
         first = sum(self.lengths[: responses.start])

@@ -33,6 +33,7 @@ from prefkern.token_logps import (
     check_labels,
     check_logits,
     check_outputs,
+    check_ref_hidden,
     first_order_only,
     logits_gradient,
     logits_rows,
@@ -188,9 +189,13 @@ def linear_preference_loss(
         operands, plan = _plan_local(hidden, weight, bias, labels, lora, layout, ignore_index, impl, workspace_bytes)
         if plan is not None:
             if ref_hidden is not None:
+                ref_hidden = check_ref_hidden(ref_hidden, operands.hidden, labels.shape)
                 with torch.no_grad():
-                    ref = token_logps(ref_hidden, weight, labels, bias, **head, workspace_bytes=workspace_bytes)
-                given = replace(given, ref_logps_N=ref.logps.reshape(-1))
+                    ref = token_logps(
+                        ref_hidden, operands.weight, labels.reshape(-1), operands.bias, **head,
+                        workspace_bytes=workspace_bytes,
+                    )  # fmt: skip
+                given = replace(given, ref_logps_N=ref.logps)
             call = HiddenCall(
                 Head(**head), check_outputs(want), torch_rows.implementation(weight.device, operands.hidden.dtype), plan
             )

@@ -537,4 +537,7 @@ def test_prompts_are_cut_as_in_the_whole(cut):
             assert part.layout.segment_lengths == whole.segment_lengths[part.responses]
         index = part.layout.index(DEVICE)
         assert index.response_offsets.tolist()[-1] == part.rows.stop - part.rows.start
-    assert whole.prompts(slice(0, 3)).layout == whole
+    assert whole.prompts(slice(0, 3)).layout is whole
+    again = whole.prompts(slice(1, 3)).layout
+    assert again is whole.prompts(slice(1, 3)).layout, "so that its index is on the device already"
+    assert again.index(DEVICE) is again.index(DEVICE)
