@@ -158,9 +158,10 @@ def test_triggered_copy_in_training(tmp_path):
     run = trainer(tmp_path, ReferenceConfig("kl_triggered", threshold=0.01, window=2), max_steps=6)
     run.train()
     gaps = [line["reference/gap"] for line in run.state.log_history if "loss" in line]
-    assert gaps[0] == 0 and gaps[1] > 0.02, "the anchor begins as the policy, and the policy moves"
-    assert gaps[2] == 0, "the second step's window was full and above the threshold"
-    assert len(run._anchor.gaps) == 0 and gaps[4] == 0
+    same = pytest.approx(0, abs=1e-6)  # policy and anchor pass the head by rows of the planner that round apart
+    assert gaps[0] == same and gaps[1] > 0.02, "the anchor begins as the policy, and the policy moves"
+    assert gaps[2] == same, "the second step's window was full and above the threshold"
+    assert len(run._anchor.gaps) == 0 and gaps[4] == same
 
 
 def test_the_policy_itself_as_reference(tmp_path):
