@@ -118,7 +118,7 @@ def test_it_is_the_merged_weight(impl, rank, entropy):
     compare(make(rank=rank, dropped=False), (*ADAPTER, "weight", "bias"), impl, entropy, merged=True)
 
 
-@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "a"), ADAPTER, (*ADAPTER, "weight")], ids="+".join)
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "a"), ("a",), ADAPTER, (*ADAPTER, "weight")], ids="+".join)
 def test_flops_are_those_of_the_plan(needs):
     """What is asked of a gradient decides the row; products with the adapter's narrow sides are counted too."""
     n, d, v, rank, workspace = 64, 32, 300, 8, 50_000
