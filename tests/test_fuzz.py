@@ -86,7 +86,7 @@ def cases(body: str) -> st.SearchStrategy[Case]:
     outputs = ["entropy", "is_top1", "mean_logit", "lse"] + ["log_collision"] * (body != "cut")
     interpreted = body != "chunked"
     most = (20, 40, 130) if interpreted else (80, 70, 600)
-    return st.builds(
+    every = st.builds(
         Case,
         n=st.integers(0, most[0]),
         d=st.integers(1, most[1]),
@@ -109,6 +109,8 @@ def cases(body: str) -> st.SearchStrategy[Case]:
         view=st.sampled_from(sorted(VIEWS.keys() - {"expanded"} if interpreted else VIEWS)),
         seed=st.integers(0, 9999),
     )
+    # The largest of a few roundings to 16 bits says little of how large one may be.
+    return every.filter(lambda case: case.dtype in (FP32, FP64) or case.n == 0 or case.n * case.v >= 64)
 
 
 def tensors(case: Case, seed: int) -> dict[str, Tensor | None]:
@@ -185,8 +187,14 @@ def check(case: Case, impl: str) -> None:
             continue
         errors = [(same[name].double() - true[name]).abs() for same, true in zip(sames, truths)]
         torchs = truth[name] + torch.stack(errors).amax(0)
-        eps, size = EPS.get(case.dtype, EPS_OF_FP32), truth[name].abs().max().item() if value.numel() else 0.0
-        if name in seam and size > 0:
+        if value.numel() == 0:
+            assert value.shape == truth[name].shape
+            continue
+        eps, size = EPS.get(case.dtype, EPS_OF_FP32), truth[name].abs().max().item()
+        if name in seam:
+            if size == 0:  # as with a vocabulary of one
+                assert value.abs().max() <= 2 * torchs.abs().max() + seam[name], name
+                continue
             eps += seam[name] / size
         try:
             assert_as_good_as_torch(value, torchs, truth[name], eps)
@@ -324,7 +332,7 @@ def loss_cases(draw) -> LossCase:
 
 
 def loss_call(case: LossCase, impl: str, dtype: torch.dtype, moved: int = 0) -> dict[str, Tensor]:
-    """The loss, its gradients and metrics; moved: seed of a change of hidden by half an ulp of fp32, 0 for none."""
+    """The loss, its gradients and metrics; moved: seed of a change of the operands by half an ulp, 0 for none."""
     g = torch.Generator().manual_seed(case.seed)
     n, layout = case.layout.num_tokens, case.layout
     operands = {
@@ -335,8 +343,10 @@ def loss_call(case: LossCase, impl: str, dtype: torch.dtype, moved: int = 0) -> 
         k: None if x is None else x.to(DEVICE, dtype).requires_grad_(k in case.needs) for k, x in operands.items()
     }
     if moved:
-        signs = torch.randint(0, 2, (n, case.d), generator=torch.Generator().manual_seed(moved)).to(DEVICE) * 2 - 1
-        leaves["h"] = (leaves["h"].detach() * (1 + 2.0**-24 * signs)).requires_grad_("h" in case.needs)
+        coin = torch.Generator().manual_seed(moved)
+        for k in "hw":
+            signs = torch.randint(0, 2, leaves[k].shape, generator=coin).to(DEVICE) * 2 - 1
+            leaves[k] = (leaves[k].detach() * (1 + 2.0**-24 * signs)).requires_grad_(k in case.needs)
     labels = torch.randint(0, case.v, (n,), generator=g).to(DEVICE)
     if case.ignored:
         labels[::3] = -100
@@ -355,13 +365,13 @@ def loss_call(case: LossCase, impl: str, dtype: torch.dtype, moved: int = 0) -> 
 
 
 def check_loss(case: LossCase) -> None:
-    """Torch's error is at least what half an ulp of hidden does to the truth: links may be exponential in a score."""
+    """Torch's error is at least what half an ulp of the operands does to the truth: a link may be an exponential."""
     truth, same, got = (
         loss_call(case, impl, dtype)
         for impl, dtype in (("eager", FP64), ("eager", case.dtype), (case.impl, case.dtype))
     )
     assert got.keys() == truth.keys()
-    moved = [loss_call(case, "eager", FP64, seed) for seed in (1, 2, 3)] if case.dtype == FP32 else []
+    moved = [loss_call(case, "eager", FP64, seed) for seed in range(1, 7)] if case.dtype == FP32 else []
     for name, value in got.items():
         errors = [(other[name].double() - truth[name]).abs() for other in (same, *moved)]
         torchs = truth[name] + torch.stack(errors).amax(0)
