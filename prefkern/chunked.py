@@ -70,24 +70,25 @@ def forward(
             gradient=gradient, low_NR=low_NR, low_weight_VR=low_weight_VR,
         )  # fmt: skip
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
-    step = plan.rows_per_chunk
+    step = replace(plan, shape=(n, *plan.shape[1:])).rows_per_chunk  # whose N leaves out a reference's rows
     scratch = hidden_ND.new_empty(min(step, n), vocab)
     sides = ((weight_VD, hidden_ND, plan.grad_hidden), (low_weight_VR, low_NR, plan.grad_low[0]))
     units = [x.new_empty((gradient, x.shape[1])) if gradient and wanted else None for _, x, wanted in sides]
     parts = []
-    starts = [*range(0, gradient, step), *range(gradient, n, step)]
-    for i, stop in zip(starts, [*starts[1:], n]):
-        chunk = slice(i, stop)
+    for i in range(0, n, step):
+        chunk = slice(i, min(i + step, n))
         low = None if low_NR is None else low_NR[chunk]
-        logits = raw_logits(hidden_ND[chunk], weight_VD, low, low_weight_VR, out=scratch[: stop - i])
+        logits = raw_logits(hidden_ND[chunk], weight_VD, low, low_weight_VR, out=scratch[: chunk.stop - i])
         labels = labels_N[chunk]
         stats = rows.row_softmax_forward(logits, labels, head, bias_V=bias_V, **want)
-        if i < gradient:
-            one = torch.ones_like(stats.lse)
-            rows.row_softmax_backward(logits, labels, stats.lse, one, head, bias_V=bias_V, out=logits)
+        count = min(gradient, chunk.stop) - i
+        if count > 0:
+            lse, first = stats.lse[:count], logits[:count]
+            one = torch.ones_like(lse)
+            rows.row_softmax_backward(first, labels[:count], lse, one, head, bias_V=bias_V, out=first)
             for unit, (w, _, _) in zip(units, sides):
                 if unit is not None:
-                    torch.mm(logits, w, out=unit[chunk])
+                    torch.mm(first, w, out=unit[i : i + count])
         parts.append(stats)
     if not parts:
         parts = [torch_rows.row_softmax_forward(scratch, labels_N, head, **want)]

@@ -17,6 +17,7 @@ Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (online normaliser); the res
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,13 +58,11 @@ def forward(
     if gradient:
         wanted = ((hidden_ND, plan.grad_hidden), (low_NR, plan.grad_low[0]))
         units = [x.new_empty((gradient, x.shape[1])) if wants else None for x, wants in wanted]
-    rows, width = plan.tile
+    rows, width = replace(plan, shape=(n, *plan.shape[1:])).tile  # whose N leaves out a reference's rows
     width = min(width, max(1, vocab))
     scratch = hidden_ND.new_empty(min(rows, n) * width)
-    for block in _slices(0, gradient, rows):
-        sums.walk(block, operands, labels_N, width, scratch, units)
-    for block in _slices(gradient, n, rows):
-        sums.walk(block, operands, labels_N, width, scratch, (None, None))
+    for block in _slices(0, n, rows):
+        sums.walk(block, operands, labels_N, width, scratch, units if block.start < gradient else (None, None))
     return sums.stats(labels_N), units[0], units[1]
 
 
@@ -119,26 +118,28 @@ class _Sums:
         scratch: Tensor,
         units: Sequence[Tensor | None],
     ) -> None:
-        """All of the vocabulary for a block of rows, and its gradients of hidden and low into `units` where given."""
+        """All of the vocabulary for a block of rows; gradients of hidden and low of those that `units` has."""
         labels, bias = labels_N[block], operands.bias_V
         mine = {name: None if x is None else x[block] for name, x in self.columns.items()}
         pairs = [
             (unit[block], w) for unit, w in zip(units, (operands.weight_VD, operands.low_weight_VR)) if unit is not None
         ]
+        count = pairs[0][0].shape[0] if pairs else 0
         accs = [torch.zeros(unit.shape, dtype=mine["sum"].dtype, device=unit.device) for unit, _ in pairs]
         for part in _slices(0, self.vocab, width):
             tile = operands.raw_logits(block, part, scratch)
             own_bias = None if bias is None else bias[part]
-            decay, gain = self._fold(tile, labels - part.start, own_bias, mine, gradient=bool(pairs))
+            decay, gain = self._fold(tile, labels - part.start, own_bias, mine, count)
             for acc, (_, w) in zip(accs, pairs):
-                acc.mul_(decay[:, None]).addcmul_(product(tile, w[part]), gain[:, None])
+                acc.mul_(decay[:count, None]).addcmul_(product(tile[:count], w[part]), gain[:count, None])
+        mine = {name: None if x is None else x[:count] for name, x in mine.items()}
         for acc, (unit, w) in zip(accs, pairs):
-            self._finish(acc, w, labels, mine, unit)
+            self._finish(acc, w, labels[:count], mine, unit)
 
     def _fold(
-        self, tile: Tensor, labels: Tensor, bias: Tensor | None, mine: dict[str, Tensor | None], *, gradient: bool
+        self, tile: Tensor, labels: Tensor, bias: Tensor | None, mine: dict[str, Tensor | None], count: int
     ) -> tuple[Tensor, Tensor]:
-        """Add a tile to the sums, and leave its softmax, without the label's, in its place where there is a gradient.
+        """Add a tile to the sums, and leave the softmax of its first `count` rows, without the label's, in their place.
 
         Returns:
             Factors (rows,) of what was summed before, and of sums of this tile's softmax.
@@ -149,6 +150,7 @@ class _Sums:
         inside = (labels >= 0) & (labels < width)
         column = labels.clamp(0, width - 1)[:, None]
         for piece in pieces(tile):
+            gradient = piece.start < count
             z = transformed(tile[piece], self.head, bias, overwrite=True)
             torch.amax(z, 1, out=top[piece])
             hit = inside[piece, None]
@@ -166,7 +168,7 @@ class _Sums:
                 p = p if slope is None else p.mul_(slope)
                 tile[piece] = p.scatter_(1, column[piece], torch.where(hit, 0.0, p.gather(1, column[piece])))
         empty = top.isneginf()  # a tile of excluded entries alone: its softmax is NaN, its share nothing
-        if gradient and (tile.device.type != "cpu" or empty.any()):
+        if count and (tile.device.type != "cpu" or empty.any()):
             tile.masked_fill_(empty[:, None], 0.0)
         return self._merge(top, peak, own, mine)
 

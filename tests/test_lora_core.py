@@ -195,6 +195,42 @@ def test_the_reference_has_the_bare_head(impl, needs):
     assert ref_hidden.grad is None
 
 
+@pytest.mark.parametrize("with_lora", [False, True], ids=["bare head", "adapter"])
+@pytest.mark.parametrize("needs", [(), ("hidden",)], ids=["no gradient", "frozen head"])
+def test_policy_and_reference_walk_the_weight_once(needs, with_lora):
+    """Where one tile holds all rows, one product reads a slice of the weight for both."""
+    n, d, v = 64, 32, 300
+    case = make(n, d, v, bias=False, dropped=False)
+    t = case.leaves(needs)
+    lora = pk.LoRA(t["a"], t["b"], case.scale) if with_lora else None
+    ref_hidden = torch.randn(n, d, device=DEVICE)
+
+    def reads(**options) -> CountReads:
+        with CountReads(t["weight"]) as count, torch.set_grad_enabled(bool(needs)):
+            pk.token_logps(t["hidden"], t["weight"], case.labels, lora=lora, **options)
+        return count
+
+    alone, both = reads(), reads(ref_hidden=ref_hidden)
+    assert both.products == alone.products
+    assert both.rows == alone.rows + n, "the reference's rows enter the product of the logits and no other"
+
+
+class CountReads(CountFlops):
+    """Products that read (a part of) one weight, and how many rows entered them."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.storage, self.products, self.rows = weight.untyped_storage().data_ptr(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = self.flops
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        a, b = [x for x in args if isinstance(x, Tensor)][-2:] if self.flops != before else (None, None)
+        if b is not None and b.untyped_storage().data_ptr() == self.storage:
+            self.products, self.rows = self.products + 1, self.rows + a.shape[0]
+        return out
+
+
 @pytest.mark.parametrize("impl", ["eager", "chunked", "cut"])
 def test_adapters_may_be_wider_than_the_head(impl):
     """fp32 adapters over a half-precision head, as peft makes them; gradients come in the adapters' dtype."""
