@@ -100,7 +100,7 @@ def token_logps(
         outputs: any of "entropy", "is_top1", "mean_logit", "lse", "log_collision" (not with impl="cut").
         impl: "auto", "chunked" (library products), "cut" (Triton, no logits in memory) or "eager" (plain torch).
         workspace_bytes: bytes that a block of logits may take; None: `prefkern.planner.default_workspace`. At least
-            one row (in backward one vocabulary entry) is taken at a time, whatever this says.
+            one logit on a CPU, elsewhere one row (in backward one vocabulary entry), is taken at a time.
         lora: adapter on the head, weight + scale * b @ a; the sum is never made.
         ref_hidden: of hidden's shape: a reference model's states under the same weight and bias, without the adapter.
             Its logps are the output's ref_logps, from the same pass over the weight.
@@ -116,6 +116,9 @@ def token_logps(
         Backward takes p from the fp32 log-sum-exp: half an ulp of it is the relative error of p, 1e-6 at logits of 20
         and 5e-4 at logits of 1e4.
         Second derivatives raise RuntimeError except with impl="eager".
+    Overflow:
+        Of fp16 inputs, a raw logit beyond 65,504 is infinite except with impl="cut", which keeps logits in fp32: the
+        row's results are NaN, as plain torch's are, never a wrong number.
         Under torch.compile: an operator (`prefkern.operators`) that breaks no graph; labels are not looked at.
     Raises:
         ValueError: shapes, dtypes or devices disagree; an unknown output or impl, or an output that the impl lacks;
