@@ -24,11 +24,12 @@ from prefkern.layout import TailIndex
 from . import links
 from .logits import transform_args
 from .row_softmax import (
+    LOAD_BYTES,
     ROW_POINTERS,
     SIZES,
-    can_align,
     empty_stats,
     launch_options,
+    load_width,
     row_grid,
     row_statistics,
     split_parts,
@@ -64,8 +65,8 @@ def fused_logits_forward_kernel(
     segment_start_ptr, segment_end_ptr, group_offsets_ptr, chain_offsets_ptr,
     scale_ptr, target_ptr, margin_ptr, group_weight_ptr, p0, p1, p2, p3, p4, p5,
     value_ptr, score_ptr, g_ptr, u_ptr,
-    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
     LINK: tl.constexpr, PREFIX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N) * splits + C,): BLOCK_N rows a program, or a split of them; then one program per chain
@@ -83,7 +84,7 @@ def fused_logits_forward_kernel(
         is_done = row_statistics(
             pid, logits_ptr, bias_ptr, labels_ptr, logps_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr, collision_ptr,
             parts_ptr, row_arrived_ptr, stride_ln, stride_lv, N, V, splits, ignore_index, in_scale, out_scale,
-            HAS_SOFTCAP, ALIGNED, BLOCK_N, BLOCK_V, EDGE_V,
+            HAS_SOFTCAP, WIDTH, BLOCK_N, BLOCK_V, LANES,
         )  # fmt: skip
         first = pid // splits * BLOCK_N
         last = tl.where(is_done, tl.minimum(first + BLOCK_N, N), first)
@@ -186,7 +187,8 @@ def fused_logits_forward(
         g_ptr=g_N,
         u_ptr=torch.empty_like(score_S) if want_grad and index.prefix else None,
         LINK=link,
-        ALIGNED=can_align(config, logits_NV),
+        WIDTH=load_width(config, logits_NV),
+        LANES=config.lanes,
         **launch_options(config),
         **register_limit(MAX_REGISTERS, arch),
         **transform_args(head),
@@ -211,7 +213,8 @@ def specializations(arch: Arch, dtype: torch.dtype) -> list[Specialization]:
         types |= {key: kind for key, kind in rows.items() if key not in absent}
         constexprs = nones | {key: None for key in absent} | tile
         constexprs |= {"stride_lv": 1, "HAS_SOFTCAP": "bias_ptr" in types, "LINK": link, "PREFIX": prefix}
-        constexprs |= {"ALIGNED": config.block_n == 1} | launch_options(config)
+        constexprs |= {"LANES": config.lanes} | launch_options(config)
+        constexprs["WIDTH"] = LOAD_BYTES.value // dtype.itemsize if config.lanes > 1 else 1
         return Specialization(
             f"fused_logits {name}", fused_logits_forward_kernel, types, constexprs,
             num_warps=constexprs.pop("num_warps"), num_stages=constexprs.pop("num_stages"),

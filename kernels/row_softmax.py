@@ -10,7 +10,7 @@ read. All maths and all row results are fp32; the gradient is rounded once, to t
 A row may be split over programs. In forward each leaves its running sums and counts itself in, and the last to arrive
 combines them, whichever that is. Sums run in a fixed order: deterministic. Each thread keeps running sums of its own,
 and they meet at the end, so no thread waits for another while logits are on their way. Tiles are counted from a
-multiple of 16 bytes wherever a row starts, so all but its edges load 16 bytes at a time.
+multiple of 16 bytes wherever a row starts, so all but the crumbs at its ends loads 16 bytes at a time.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (online normaliser); the entropy sum is derived.
 """
 
@@ -31,99 +31,104 @@ from .tuning import (
     arch_of,
     choose,
     on_its_device,
+    register_limit,
     row_config,
     row_splits,
 )
 
+MAX_REGISTERS = 80  # of a thread in forward
 PARTS = 5  # running sums of a split: max, sum, dot, square, total
 ALL_SPLITS = tl.constexpr(MAX_ROW_SPLITS)
 LOAD_BYTES = tl.constexpr(16)  # the widest load
 
 
 @triton.jit
-def cut_columns(
-    row_ptr, wanted, split, splits, V,
-    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
-):  # fmt: skip
-    """Which columns of the row at row_ptr are one split's: (shift, begin, first, last, end).
+def cut_columns(row_ptr, wanted, split, splits, V, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Which columns of the row at row_ptr are one split's: (shift, begin, first, last, stop, end).
 
-    Columns are counted from `shift` elements before the row: with ALIGNED, from a multiple of 16 bytes. The split is
-    [begin, end), or nothing unless `wanted`. [first, last) are its whole tiles of BLOCK_V; what is left are edges: one
-    tile of EDGE_V at begin where begin < first, and some from last on where last < end.
+    Columns are counted from `shift` elements before the row, a multiple of WIDTH elements in memory. The split is
+    [begin, end), or nothing unless `wanted`; of that, [first, stop) are whole pieces of WIDTH, and [first, last) whole
+    tiles of BLOCK_V.
     """
     shift = 0
-    if ALIGNED:
+    if WIDTH > 1:
         ITEM: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
-        shift = (row_ptr.to(tl.int64) % LOAD_BYTES // ITEM).to(tl.int32)
+        shift = (row_ptr.to(tl.int64) // ITEM % WIDTH).to(tl.int32)
     span = tl.cdiv(tl.cdiv(V, BLOCK_V), splits) * BLOCK_V
     begin = split * span
     end = tl.where(split == splits - 1, V + shift, tl.minimum(begin + span, V + shift))
-    end = tl.where(wanted, end, begin)
-    first = begin + tl.where((begin < shift) & (begin < end), EDGE_V, 0)
-    last = first + tl.maximum(end - first, 0) // BLOCK_V * BLOCK_V
-    return shift, begin, first, last, end
+    end = tl.where(wanted & (begin < end), end, begin)
+    first = begin + tl.where(begin < tl.minimum(shift, end), WIDTH, 0)
+    stop = end // WIDTH * WIDTH
+    last = first + tl.maximum(stop - first, 0) // BLOCK_V * BLOCK_V
+    return shift, begin, first, last, stop, end
 
 
 @triton.jit
-def to_lanes(z, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr, ITEM: tl.constexpr):
-    """(rows, columns) to (rows, lanes, rest), where a lane gets the columns that 16-byte loads give one thread.
+def crumbs(shift, begin, first, stop, end, WIDTH: tl.constexpr):
+    """What whole pieces leave over: (whether there is anything, 2 * WIDTH columns, which of them are meant)."""
+    offs = tl.arange(0, 2 * WIDTH)
+    column = tl.where(offs < WIDTH, begin + offs, stop - WIDTH + offs)
+    meant = tl.where(offs < WIDTH, first > begin, stop >= first) & (column >= shift) & (column < end)
+    return (first > begin) | (stop < end), column, meant
 
-    The columns are BLOCK_V or EDGE_V, which is one such load a thread, or both are the same and a row has one lane.
-    """
+
+@triton.jit
+def to_lanes(z, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """(rows, columns) to (rows, lanes, rest): a lane gets the columns that loads of WIDTH elements give one thread."""
     BLOCK_N: tl.constexpr = z.shape[0]
-    COLUMNS: tl.constexpr = z.shape[1]
-    if BLOCK_V == EDGE_V:
-        lanes = tl.reshape(z, [BLOCK_N, 1, COLUMNS])
+    OWN: tl.constexpr = z.shape[1] // LANES
+    if LANES == 1:
+        lanes = tl.reshape(z, [BLOCK_N, 1, OWN])
     else:
-        WIDTH: tl.constexpr = LOAD_BYTES // ITEM
-        pieces = tl.reshape(z, [BLOCK_N, COLUMNS // EDGE_V, EDGE_V // WIDTH, WIDTH])
-        lanes = tl.reshape(tl.permute(pieces, (0, 2, 1, 3)), [BLOCK_N, EDGE_V // WIDTH, COLUMNS // EDGE_V * WIDTH])
+        pieces = tl.reshape(z, [BLOCK_N, OWN // WIDTH, LANES, WIDTH])
+        lanes = tl.reshape(tl.permute(pieces, (0, 2, 1, 3)), [BLOCK_N, LANES, OWN])
     return lanes
 
 
 @triton.jit
 def load_logits(
-    ptrs, bias_ptr, offs_v, mask, mask_v, in_scale, out_scale,
+    row_ptrs, bias_ptr, column, shift, mask, mask_v, stride_lv, in_scale, out_scale,
     HAS_SOFTCAP: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Transformed logits z of one tile, fp32; 0 where masked. mask and mask_v (columns) may be None."""
+    ptrs = row_ptrs[:, None] + (column.to(tl.int64) * stride_lv)[None, :]
     if mask is None:
         z0 = tl.load(ptrs, eviction_policy=EVICTION).to(tl.float32)
     else:
         z0 = tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     if bias_ptr is not None:
         if mask_v is None:
-            z0 += tl.load(bias_ptr + offs_v).to(tl.float32)[None, :]
+            z0 += tl.load(bias_ptr + column - shift).to(tl.float32)[None, :]
         else:
-            z0 += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+            z0 += tl.load(bias_ptr + column - shift, mask=mask_v, other=0.0).to(tl.float32)[None, :]
     return transform(z0, in_scale, out_scale, HAS_SOFTCAP)
 
 
 @triton.jit
 def fold_columns(
-    row_ptrs, bias_ptr, start, shift, end, stride_lv, in_scale, out_scale,
+    row_ptrs, bias_ptr, start, shift, stop, stride_lv, in_scale, out_scale,
     max_nk, sum_nk, dot_nk, square_nk, total_nk,
     EDGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr, WANT_MEAN: tl.constexpr, WANT_COLLISION: tl.constexpr,
-    BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Fold the tile of columns from start on into the lanes' running sums; EDGE: some lie outside [shift, end)."""
-    ITEM: tl.constexpr = row_ptrs.dtype.element_ty.primitive_bitwidth // 8
-    COLUMNS: tl.constexpr = EDGE_V if EDGE else BLOCK_V
-    column = start + tl.arange(0, COLUMNS)
-    ptrs = row_ptrs[:, None] + (column.to(tl.int64) * stride_lv)[None, :]
+    """Fold the tile of columns from start on into the lanes' running sums; EDGE: it does not reach to its end."""
+    column = start + tl.arange(0, BLOCK_V)
     mask_v = None
     mask = None
     if EDGE:
-        mask_v = (column >= shift) & (column < end)
+        mask_v = column < stop
         mask = mask_v[None, :]
-    z = load_logits(ptrs, bias_ptr, column - shift, mask, mask_v, in_scale, out_scale, HAS_SOFTCAP, "")
+    z = load_logits(
+        row_ptrs, bias_ptr, column, shift, mask, mask_v, stride_lv, in_scale, out_scale, HAS_SOFTCAP, ""
+    )  # fmt: skip
     if WANT_MEAN:
-        total_nk += tl.sum(to_lanes(z, BLOCK_V, EDGE_V, ITEM), axis=2)
+        total_nk += tl.sum(to_lanes(z, LANES, WIDTH), axis=2)
     if EDGE:
         z = tl.where(mask, z, float("-inf"))
     max_nk, sum_nk, dot_nk, square_nk = fold_tile(
-        to_lanes(z, BLOCK_V, EDGE_V, ITEM), max_nk, sum_nk, dot_nk, square_nk, WANT_ENTROPY, WANT_COLLISION
+        to_lanes(z, LANES, WIDTH), max_nk, sum_nk, dot_nk, square_nk, WANT_ENTROPY, WANT_COLLISION
     )
     return max_nk, sum_nk, dot_nk, square_nk, total_nk
 
@@ -132,14 +137,12 @@ def fold_columns(
 def split_sums(
     row_ptrs, row_ptr, bias_ptr, wanted, split, splits, stride_lv, V, in_scale, out_scale,
     HAS_SOFTCAP: tl.constexpr, WANT_ENTROPY: tl.constexpr, WANT_MEAN: tl.constexpr, WANT_COLLISION: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Running sums (max, sum, dot, square, total) of the rows at row_ptrs over one split; row_ptr is the first."""
     BLOCK_N: tl.constexpr = row_ptrs.shape[0]
-    ITEM: tl.constexpr = row_ptrs.dtype.element_ty.primitive_bitwidth // 8
-    LANES: tl.constexpr = EDGE_V * ITEM // LOAD_BYTES if EDGE_V < BLOCK_V else 1
-    shift, begin, first, last, end = cut_columns(row_ptr, wanted, split, splits, V, ALIGNED, BLOCK_V, EDGE_V)
-    if ALIGNED:
+    shift, begin, first, last, stop, end = cut_columns(row_ptr, wanted, split, splits, V, WIDTH, BLOCK_V)
+    if WIDTH > 1:
         row_ptrs = tl.multiple_of(row_ptrs - shift, [LOAD_BYTES])
     max_nk = tl.full([BLOCK_N, LANES], float("-inf"), tl.float32)
     sum_nk = tl.zeros([BLOCK_N, LANES], tl.float32)
@@ -148,19 +151,32 @@ def split_sums(
     total_nk = tl.zeros([BLOCK_N, LANES], tl.float32)
     for start in range(first, last, BLOCK_V):
         max_nk, sum_nk, dot_nk, square_nk, total_nk = fold_columns(
-            row_ptrs, bias_ptr, start, shift, end, stride_lv, in_scale, out_scale,
+            row_ptrs, bias_ptr, start, shift, stop, stride_lv, in_scale, out_scale,
             max_nk, sum_nk, dot_nk, square_nk, total_nk,
-            False, HAS_SOFTCAP, WANT_ENTROPY, WANT_MEAN, WANT_COLLISION, BLOCK_V, EDGE_V,
+            False, HAS_SOFTCAP, WANT_ENTROPY, WANT_MEAN, WANT_COLLISION, BLOCK_V, LANES, WIDTH,
         )  # fmt: skip
-    for edge in range(tl.where(begin < first, -1, 0), tl.cdiv(end - last, EDGE_V)):
+    if last < stop:
         max_nk, sum_nk, dot_nk, square_nk, total_nk = fold_columns(
-            row_ptrs, bias_ptr, tl.where(edge < 0, begin, last + edge * EDGE_V),
-            shift, end, stride_lv, in_scale, out_scale,
+            row_ptrs, bias_ptr, last, shift, stop, stride_lv, in_scale, out_scale,
             max_nk, sum_nk, dot_nk, square_nk, total_nk,
-            True, HAS_SOFTCAP, WANT_ENTROPY, WANT_MEAN, WANT_COLLISION, BLOCK_V, EDGE_V,
+            True, HAS_SOFTCAP, WANT_ENTROPY, WANT_MEAN, WANT_COLLISION, BLOCK_V, LANES, WIDTH,
         )  # fmt: skip
     max_n, sum_n, dot_n, square_n = merge_sums(max_nk, sum_nk, dot_nk, square_nk, 1, WANT_ENTROPY, WANT_COLLISION)
-    return max_n, sum_n, dot_n, square_n, tl.sum(total_nk, axis=1)
+    total_n = tl.sum(total_nk, axis=1)
+    if WIDTH > 1:
+        has_crumbs, column, mask_v = crumbs(shift, begin, first, stop, end, WIDTH)
+        if has_crumbs:
+            mask = mask_v[None, :]
+            z = load_logits(
+                row_ptrs, bias_ptr, column, shift, mask, mask_v, stride_lv, in_scale, out_scale, HAS_SOFTCAP, ""
+            )  # fmt: skip
+            if WANT_MEAN:
+                total_n += tl.sum(z, axis=1)
+            z = tl.where(mask, z, float("-inf"))
+            max_n, sum_n, dot_n, square_n = fold_tile(
+                z, max_n, sum_n, dot_n, square_n, WANT_ENTROPY, WANT_COLLISION
+            )  # fmt: skip
+    return max_n, sum_n, dot_n, square_n, total_n
 
 
 @triton.jit
@@ -190,8 +206,8 @@ def row_statistics(
     logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr, collision_ptr,
     parts_ptr, arrived_ptr,
     stride_ln, stride_lv, N, V, splits, ignore_index, in_scale, out_scale,
-    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One split of BLOCK_N rows, and if it is the last of theirs to be done, their results; returns whether it was."""
     WANT_ENTROPY: tl.constexpr = entropy_ptr is not None
@@ -208,7 +224,7 @@ def row_statistics(
     max_n, sum_n, dot_n, square_n, total_n = split_sums(
         row_ptrs, logits_ptr + (block * BLOCK_N).to(tl.int64) * stride_ln, bias_ptr,
         wanted, split, splits, stride_lv, V, in_scale, out_scale,
-        HAS_SOFTCAP, WANT_ENTROPY, WANT_MEAN, WANT_COLLISION, ALIGNED, BLOCK_V, EDGE_V,
+        HAS_SOFTCAP, WANT_ENTROPY, WANT_MEAN, WANT_COLLISION, WIDTH, BLOCK_V, LANES,
     )  # fmt: skip
 
     is_last = pid >= 0
@@ -275,37 +291,29 @@ def row_softmax_forward_kernel(
     stride_ln, stride_lv,
     N, V, splits, ignore_index,
     in_scale, out_scale,
-    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N) * splits,): one program walks one split of BLOCK_N rows, see row_statistics."""
     row_statistics(
         tl.program_id(0), logits_ptr, bias_ptr, labels_ptr,
         logp_ptr, lse_ptr, entropy_ptr, top1_ptr, mean_ptr, collision_ptr, parts_ptr, arrived_ptr,
         stride_ln, stride_lv, N, V, splits, ignore_index, in_scale, out_scale,
-        HAS_SOFTCAP, ALIGNED, BLOCK_N, BLOCK_V, EDGE_V,
+        HAS_SOFTCAP, WIDTH, BLOCK_N, BLOCK_V, LANES,
     )  # fmt: skip
 
 
 @triton.jit
 def write_gradient(
-    row_ptrs, out_ptrs, bias_ptr, start, shift, end, stride_lv, stride_ov,
+    row_ptrs, out_ptrs, bias_ptr, column, mask_v, shift, stride_lv, stride_ov,
     column_n, kept_n, mask_n, lse_n, grad_logp_n, entropy_n, grad_entropy_n, in_scale, out_scale,
-    EDGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the tile of columns from start on; EDGE: some lie outside [shift, end)."""
-    column = start + tl.arange(0, COLUMNS)
-    offsets = column.to(tl.int64)
-    mask_v = None
-    read = kept_n[:, None]
-    write = mask_n[:, None]
-    if EDGE:
-        mask_v = (column >= shift) & (column < end)
-        read = read & mask_v[None, :]
-        write = write & mask_v[None, :]
+    """Gradient of those of the given columns that mask_v says."""
+    read = kept_n[:, None] & mask_v[None, :]
+    write = mask_n[:, None] & mask_v[None, :]
     z = load_logits(
-        row_ptrs[:, None] + (offsets * stride_lv)[None, :], bias_ptr, column - shift, read, mask_v,
-        in_scale, out_scale, HAS_SOFTCAP, "evict_first",
+        row_ptrs, bias_ptr, column, shift, read, mask_v, stride_lv, in_scale, out_scale, HAS_SOFTCAP, "evict_first"
     )  # fmt: skip
     is_label = column[None, :] == column_n[:, None]
     dz = label_logp_grad(z, is_label, lse_n, grad_logp_n, entropy_n, grad_entropy_n, HAS_ENTROPY)
@@ -313,7 +321,7 @@ def write_gradient(
         dz *= cap_slope(z, out_scale)
     if bias_ptr is not None:  # else z is 0 where not kept
         dz = tl.where(kept_n[:, None], dz, 0.0)
-    ptrs = out_ptrs[:, None] + (offsets * stride_ov)[None, :]
+    ptrs = out_ptrs[:, None] + (column.to(tl.int64) * stride_ov)[None, :]
     tl.store(ptrs, dz.to(ptrs.dtype.element_ty), mask=write)
 
 
@@ -330,8 +338,7 @@ def row_softmax_backward_kernel(
     stride_ln, stride_lv, stride_on, stride_ov,
     N, V, splits, ignore_index,
     in_scale, out_scale,
-    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, EDGE_V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N) * splits,): one program writes one split of the gradient of BLOCK_N rows."""
     HAS_ENTROPY: tl.constexpr = grad_entropy_ptr is not None
@@ -357,25 +364,27 @@ def row_softmax_backward_kernel(
     row_ptrs = logits_ptr + rows * stride_ln
     out_ptrs = out_ptr + rows * stride_on
     row_ptr = logits_ptr + (block * BLOCK_N).to(tl.int64) * stride_ln
-    shift, begin, first, last, end = cut_columns(row_ptr, True, pid % splits, splits, V, ALIGNED, BLOCK_V, EDGE_V)
+    shift, begin, first, _, stop, end = cut_columns(row_ptr, True, pid % splits, splits, V, WIDTH, BLOCK_V)
     column_n = label_column(label_n, V)
     column_n = tl.where(kept_n & (column_n >= 0), column_n + shift, -1)
-    if ALIGNED:
+    if WIDTH > 1:
         row_ptrs = tl.multiple_of(row_ptrs - shift, [LOAD_BYTES])
         out_ptrs = tl.multiple_of(out_ptrs - shift, [LOAD_BYTES])
-    for start in range(first, last, BLOCK_V):
+    for start in range(first, stop, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
         write_gradient(
-            row_ptrs, out_ptrs, bias_ptr, start, shift, end, stride_lv, stride_ov,
+            row_ptrs, out_ptrs, bias_ptr, column, column < stop, shift, stride_lv, stride_ov,
             column_n, kept_n, mask_n, lse_n, grad_logp_n, entropy_n, grad_entropy_n, in_scale, out_scale,
-            False, HAS_SOFTCAP, HAS_ENTROPY, BLOCK_V,
+            HAS_SOFTCAP, HAS_ENTROPY,
         )  # fmt: skip
-    for edge in range(tl.where(begin < first, -1, 0), tl.cdiv(end - last, EDGE_V)):
-        write_gradient(
-            row_ptrs, out_ptrs, bias_ptr, tl.where(edge < 0, begin, last + edge * EDGE_V),
-            shift, end, stride_lv, stride_ov,
-            column_n, kept_n, mask_n, lse_n, grad_logp_n, entropy_n, grad_entropy_n, in_scale, out_scale,
-            True, HAS_SOFTCAP, HAS_ENTROPY, EDGE_V,
-        )  # fmt: skip
+    if WIDTH > 1:
+        has_crumbs, column, meant = crumbs(shift, begin, first, stop, end, WIDTH)
+        if has_crumbs:
+            write_gradient(
+                row_ptrs, out_ptrs, bias_ptr, column, meant, shift, stride_lv, stride_ov,
+                column_n, kept_n, mask_n, lse_n, grad_logp_n, entropy_n, grad_entropy_n, in_scale, out_scale,
+                HAS_SOFTCAP, HAS_ENTROPY,
+            )  # fmt: skip
 
 
 def empty_stats(
@@ -410,8 +419,12 @@ def zeroed_counters(*numbers: int, device: torch.device) -> tuple[Tensor, ...]:
     return torch.zeros(sum(numbers), dtype=torch.int32, device=device).split(numbers)
 
 
-def can_align(config: RowConfig, *matrices: Tensor) -> bool:
-    """Whether tiles may start at a multiple of 16 bytes: one row a program, unit stride, alike in all the matrices."""
+def load_width(config: RowConfig, *matrices: Tensor) -> int:
+    """Elements of the pieces that tiles load and store: 16 bytes of them, or 1 where pieces would not be aligned.
+
+    They are with one row a program and unit strides, if every row starts equally far from a multiple of 16 bytes in
+    all of the matrices.
+    """
     first = matrices[0]
     alike = all(
         m.stride(1) == 1
@@ -420,7 +433,7 @@ def can_align(config: RowConfig, *matrices: Tensor) -> bool:
         and (m.stride(0) - first.stride(0)) * m.itemsize % LOAD_BYTES.value == 0
         for m in matrices
     )
-    return alike and config.block_n == 1
+    return LOAD_BYTES.value // first.itemsize if alike and config.lanes > 1 else 1
 
 
 @on_its_device
@@ -462,7 +475,8 @@ def row_softmax_forward(
         row_softmax_forward_kernel[(blocks * splits,)](
             logits_NV, bias_V, labels_N, *stats, split_parts(N, splits, device), arrived,
             *logits_NV.stride(), N, V, splits, head.ignore_index,
-            ALIGNED=can_align(config, logits_NV), **transform_args(head), **launch_options(config),
+            WIDTH=load_width(config, logits_NV), LANES=config.lanes, **transform_args(head), **launch_options(config),
+            **register_limit(MAX_REGISTERS, arch_of(device)),
         )  # fmt: skip
 
     launch(_configure("row_softmax_forward", logits_NV, launch, writes=False))
@@ -510,7 +524,7 @@ def row_softmax_backward(
         row_softmax_backward_kernel[(blocks * splits,)](
             logits_NV, bias_V, labels_N, lse_N, entropy_N, grad_logps_N, grad_entropy_N, grad_scale, out,
             *logits_NV.stride(), *out.stride(), N, V, splits, head.ignore_index,
-            ALIGNED=can_align(config, logits_NV, out), **transform_args(head), **launch_options(config),
+            WIDTH=load_width(config, logits_NV, out), **transform_args(head), **launch_options(config),
         )  # fmt: skip
 
     # A search may launch many times: not in place.
@@ -522,10 +536,10 @@ def row_softmax_backward(
 
 
 def launch_options(config: RowConfig) -> dict[str, int]:
+    """Keyword arguments of a row kernel's launch."""
     return dict(
-        BLOCK_N=config.block_n, BLOCK_V=config.block_v, EDGE_V=config.edge_v,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        BLOCK_N=config.block_n, BLOCK_V=config.block_v, num_warps=config.num_warps, num_stages=config.num_stages
+    )
 
 
 def _configure(name: str, logits_NV: Tensor, launch, *, writes: bool) -> RowConfig:
@@ -549,9 +563,10 @@ def _specializations(V: int, suffix: str, arch: Arch, dtype: torch.dtype) -> lis
 
     def both(name, kernel, required, optional, unit_strides, writes):
         config = row_config(V, dtype, arch, writes=writes)
-        fixed = dict.fromkeys(unit_strides, 1) | {"ALIGNED": config.block_n == 1} | launch_options(config)
+        fixed = dict.fromkeys(unit_strides, 1) | launch_options(config) | ({} if writes else {"LANES": config.lanes})
+        fixed["WIDTH"] = LOAD_BYTES.value // dtype.itemsize if config.lanes > 1 else 1
         launch = {"num_warps": fixed.pop("num_warps"), "num_stages": fixed.pop("num_stages")}
-        launch |= {"sizes": {"V": V}, "config": config}
+        launch |= {"sizes": {"V": V}, "config": config, "limits": {} if writes else register_limit(MAX_REGISTERS, arch)}
         plain, full = {key: None for key in optional} | {"HAS_SOFTCAP": False}, {"HAS_SOFTCAP": True}
         yield Specialization(f"{name} plain{suffix}", kernel, required, fixed | plain, **launch)
         yield Specialization(f"{name} full{suffix}", kernel, required | optional, fixed | full, **launch)

@@ -17,7 +17,7 @@ from tail_oracle import eager_tail, kernel_operands, logistic, negative, random_
 # The interpreter's numpy warns of what a GPU does without a word: the logarithm of an ignored row's sum, 0.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 EPS = 1e-6  # relative, of fp32 results
-SPLIT = RowConfig(1, 256, 64, 1), 3  # one row a program and three programs a row, as a GPU has it for few rows
+SPLIT = RowConfig(1, 256, 16, 1), 3  # one row a program and three programs a row, as a GPU has it for few rows
 PLAIN = Head()
 LOGISTIC = links.logistic, (0.3, 0.1), logistic(0.3, 0.1)
 
@@ -140,12 +140,13 @@ def test_strided_logits(strided):
 
 
 @pytest.mark.parametrize("strides", [(2**30, 1), (1, 2**27)], ids=["rows", "columns"])
-@pytest.mark.parametrize("tiling", [(RowConfig(4, 64, 64, 1), 1), SPLIT], ids=["blocks", "splits"])
+@pytest.mark.parametrize("tiling", [(RowConfig(4, 64, 1, 1), 1), SPLIT], ids=["blocks", "splits"])
 def test_offsets_past_two_to_the_31(strides, tiling, monkeypatch, tmp_path):
     force(monkeypatch, tiling)
     layout = Layout.pairs([2], [3])
     logits, labels, ref = problem(layout, 40, torch.float16)
     logits, labels, ref, index = logits.to(DEVICE), labels.to(DEVICE), ref.to(DEVICE), layout.index(DEVICE)
+    logits = logits if strides[1] == 1 else logits.t().contiguous().t()  # the order of sums is that of the loads
     (stats, *rest), (same, *expected) = (
         fused_logits_forward(x, labels, Head(), index, links.logistic, (0.1,), ref_logps_N=ref)
         for x in (far_apart(logits, strides, tmp_path), logits)
@@ -160,7 +161,7 @@ def test_more_rows_than_a_second_grid_axis_holds():
     check(layout, logits, labels, LOGISTIC, ref=ref)
 
 
-@pytest.mark.parametrize("tiling", [(RowConfig(1, 8192, 2048, 8), 1), (RowConfig(1, 8192, 2048, 8), 3)])
+@pytest.mark.parametrize("tiling", [(RowConfig(1, 8192, 256, 8), 1), (RowConfig(1, 8192, 256, 8), 3)])
 def test_a_peaked_softmax_over_129_920(tiling, monkeypatch):
     force(monkeypatch, tiling)
     layout = Layout.pairs([2], [1])
@@ -297,7 +298,7 @@ def test_one_launch_forward_one_backward(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU chooses the order of its programs itself")
-@pytest.mark.parametrize("tiling", [(RowConfig(2, 64, 64, 1), 1), SPLIT], ids=["blocks", "splits"])
+@pytest.mark.parametrize("tiling", [(RowConfig(2, 64, 1, 1), 1), SPLIT], ids=["blocks", "splits"])
 @pytest.mark.parametrize("accumulate", ["segment", "prefix"])
 def test_any_order_of_the_programs_gives_the_same_bits(accumulate, tiling, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder

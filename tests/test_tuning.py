@@ -36,11 +36,11 @@ def test_the_search_takes_the_fastest_neighbour_once(monkeypatch):
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     monkeypatch.setattr(tuning, "_best", {})
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    config = RowConfig(1, 4096, 4096, num_warps=8)
+    config = RowConfig(1, 4096, lanes=256, num_warps=8)
     assert choose(("kernel", 1), config, print) == config and not timed
     monkeypatch.setenv("PREFKERN_AUTOTUNE", "1")
     for _ in range(2):
-        assert choose(("kernel", 1), config, print) == RowConfig(1, 4096, 4096, num_warps=16)
+        assert choose(("kernel", 1), config, print) == RowConfig(1, 4096, lanes=256, num_warps=16)
     assert len(timed) == len(tuning.neighbours(config))
 
 
@@ -71,7 +71,7 @@ def test_launchers_make_the_device_of_their_tensor_the_current_one(monkeypatch):
     assert len(entered) == 7
 
 
-@pytest.mark.parametrize("config", [RowConfig(64, 16, 16, 1), HeadConfig(128, 256, 16, num_warps=16, num_stages=1)])
+@pytest.mark.parametrize("config", [RowConfig(64, 16, 1, 1), HeadConfig(128, 256, 16, num_warps=16, num_stages=1)])
 def test_neighbours_can_be_launched(config):
     found = tuning.neighbours(config)
     assert found[0] == config and len(set(found)) == len(found) > 1
@@ -177,8 +177,9 @@ def test_slices_are_whole_tiles_evenly_shared(workspace_bytes):
 def test_short_rows_share_a_program(V, dtype, writes, arch):
     config = row_config(V, dtype, arch, writes=writes)
     assert config.block_n * config.block_v >= 1024 and (config.block_n == 1 or config.block_v >= V)
-    assert config.num_warps * arch.warp_size in (128, 256) and config.block_v % config.edge_v == 0
-    assert config.edge_v == config.block_v or config.edge_v * dtype.itemsize == 16 * config.num_warps * arch.warp_size
+    threads = config.num_warps * arch.warp_size
+    assert threads in (128, 256) and config.lanes in (1, threads)
+    assert config.lanes == 1 or config.block_v * dtype.itemsize == threads * (32 if writes else 64)
 
 
 @ARCH
