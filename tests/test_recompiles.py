@@ -1,0 +1,86 @@
+"""One compilation serves every number of rows, every length, and any place in memory: the keys of launches, no GPU.
+
+Launches are recorded instead of run, in a process that does not interpret. The key that triton looks a compilation up
+by is made by triton itself, from its own reading of the arguments.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROBE = """
+import json, sys
+import torch
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from prefkern.head import Head
+from prefkern.kernels import fused_logits, links, row_softmax, tail
+from prefkern.kernels.tuning import ARCHS
+from prefkern.layout import Layout
+
+arch = ARCHS[sys.argv[1]]
+keys = {}
+
+def record(self, *args, grid, warmup, **kwargs):
+    bind = create_function_from_signature(self.signature, self.params, make_backend(arch.target))
+    _, specialization, options = bind(*args, debug=False, instrumentation_mode="", **kwargs)
+    keys.setdefault(self.fn.__name__, set()).add(f"{specialization} {options}")
+
+JITFunction.run = record
+for module in (row_softmax, fused_logits, tail):
+    module.arch_of = lambda device: arch
+
+def run(N, V, offset, temperature):
+    logits = torch.empty(N, V + 3, dtype=torch.bfloat16)[:, offset : offset + V]
+    labels, weights = torch.zeros(N + 1, dtype=torch.int64)[1:], torch.ones(N + offset)[offset:]
+    head = Head(temperature=temperature, ignore_index=-offset)
+    stats = row_softmax.row_softmax_forward(logits, labels, head)
+    row_softmax.row_softmax_backward(logits, labels, stats.lse, weights, head, out=logits)
+    index = Layout.pairs([N // 2 - offset], [N - N // 2 + offset]).index(torch.device("cpu"))
+    fused_logits.fused_logits_forward(
+        logits, labels, head, index, links.logistic, (0.1, offset), token_weights_N=weights
+    )
+    tail.tail(stats.logps, index, links.logistic, (temperature,), token_weights_N=weights)
+
+for case in json.loads(sys.argv[2]):
+    run(*case)
+print(json.dumps({kernel: len(found) for kernel, found in keys.items()}))
+"""
+
+
+def compilations(arch: str, cases: list) -> dict[str, int]:
+    """How many different compilations the launches of these cases look up, by kernel."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROBE, arch, json.dumps(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_the_logits_path(arch):
+    """Rows from few and split to many and whole, vocabularies, views from odd places, hyper-parameters."""
+    cases = [
+        (N, V, offset, 1.0 + offset / 3)
+        for N, V in ((40, 32_000), (64, 32_003), (999, 40_001), (5000, 33_000))
+        for offset in (0, 1, 3)
+    ]
+    found = compilations(arch, cases)
+    kernels = (
+        "row_softmax_forward_kernel",
+        "row_softmax_backward_kernel",
+        "fused_logits_forward_kernel",
+        "tail_kernel",
+    )
+    assert found == dict.fromkeys(kernels, 1)
+
+
+def test_the_probe_sees_a_recompilation():
+    """Short rows share programs: another kernel."""
+    found = compilations("sm_90", [(40, 32_000, 0, 1.0), (40, 500, 0, 1.0)])
+    assert found["row_softmax_forward_kernel"] == 2
