@@ -7,7 +7,7 @@ a slice's dweight is complete after all rows, so no N x V tensor and no fp32 cop
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from prefkern import rows as torch_rows
 from prefkern import tiles
 from prefkern.head import Head, RowStats
 from prefkern.planner import Plan
-from prefkern.products import add_product, by_columns, product, product_into
+from prefkern.products import add_product, columns_for_sums, product, product_into
 from prefkern.reference import accumulator
 
 # Labels of a slice are taken less its start; these two values can then not be mistaken for a label.
@@ -161,7 +161,10 @@ def walk_vocabulary(
         for x, needed in ((weight_VD, needs[1]), (low_weight_VR, needs[4]))
     )
     dbias = torch.zeros_like(bias_V, dtype=wide) if needs[2] else None
-    right = {block.start: by_columns(hidden_ND[block]) for block in blocks} if needs[1] else {}
+    right, right_low = (
+        {block.start: columns_for_sums(x[block]) for block in blocks} if needed else {}
+        for x, needed in ((hidden_ND, needs[1]), (low_NR, needs[4]))
+    )
     scratch = hidden_ND.new_empty(min(height, n) * min(step, vocab))
     for i in range(0, vocab, step):
         part = slice(i, min(i + step, vocab))
@@ -178,7 +181,7 @@ def walk_vocabulary(
             if dweight is not None:
                 dweight.add(part, dlogits, right[block.start])
             if dlow_weight is not None:
-                dlow_weight.add(part, dlogits, low)
+                dlow_weight.add(part, dlogits, right_low[block.start])
             if dbias is not None:
                 dbias[part] += dlogits.sum(0, dtype=wide)
     return Gradients(
@@ -201,15 +204,16 @@ class _OfVocabulary:
         shape = (min(step, operand.shape[0]), operand.shape[1])
         self.scratch = operand.new_empty(shape, dtype=self.wide) if narrow else None
 
-    def add(self, part: slice, dlogits: Tensor, b: Tensor) -> None:
-        """dlogits.T @ b of the next row block of a slice; slices one after the other."""
-        a = dlogits.t()
+    def add(self, part: slice, dlogits: Tensor, pieces: Sequence[Tensor]) -> None:
+        """dlogits.T @ x of the next row block of a slice, x in pieces of its rows; slices one after the other."""
         out, self.seen = self.total[part], (self.seen + 1) % self.blocks
-        if self.blocks == 1:
-            return product_into(out, a, b)
         sums = out if self.scratch is None else self.scratch[: out.shape[0]]
-        if self.seen == 1:
-            sums.zero_()
-        add_product(sums, a, b)
+        first = self.blocks == 1 or self.seen == 1
+        for rows, x in zip(dlogits.split([len(x) for x in pieces]), pieces):
+            if first and sums.dtype == x.dtype:
+                product_into(sums, rows.t(), x)
+            else:
+                add_product(sums.zero_() if first else sums, rows.t(), x)
+            first = False
         if self.seen == 0 and sums is not out:
             out.copy_(sums)
