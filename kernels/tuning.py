@@ -131,7 +131,8 @@ def row_config(V: int, dtype: torch.dtype, arch: Arch, *, writes: bool) -> RowCo
     block_v = min(triton.next_power_of_2(V), _ROW_THREADS * thread_bytes // dtype.itemsize)
     num_warps = _ROW_THREADS // arch.warp_size
     if block_v * dtype.itemsize < _ROW_THREADS * thread_bytes:
-        return RowConfig(max(1, 1024 // block_v), block_v, lanes=1, num_warps=num_warps // 2)
+        # At most as many rows as one warp writes the results of: on AMD a barrier does not wait for another's stores.
+        return RowConfig(min(32, max(1, 1024 // block_v)), block_v, lanes=1, num_warps=num_warps // 2)
     return RowConfig(1, block_v, _ROW_THREADS, num_warps)
 
 
