@@ -8,9 +8,10 @@ Bytes: forward reads the logits once, backward reads them once and writes their 
 read. All maths and all row results are fp32; the gradient is rounded once, to the logits' dtype.
 
 A row may be split over programs. In forward each leaves its running sums and counts itself in, and the last to arrive
-combines them, whichever that is. Sums run in a fixed order: deterministic. Each thread keeps running sums of its own,
-and they meet at the end, so no thread waits for another while logits are on their way. Tiles are counted from a
-multiple of 16 bytes wherever a row starts, so all but the crumbs at its ends loads 16 bytes at a time.
+combines them, whichever that is. Each thread keeps running sums of its own, and they meet at the end, so no thread
+waits for another while logits are on their way. Tiles are counted from a multiple of 16 bytes wherever a row starts,
+so all but the crumbs at its ends loads 16 bytes at a time. The order of the sums follows from shape, strides and where
+in 16 bytes the rows start: deterministic.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (online normaliser); the entropy sum is derived.
 """
 
