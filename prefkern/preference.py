@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prefkern import rows as torch_rows
-from prefkern.group_local import Differentiated, Known, Operands, walk
-from prefkern.head import IGNORE_INDEX, Head, LoRA, RowStats
+from prefkern.group_local import Differentiated, Known, walk
+from prefkern.head import IGNORE_INDEX, Head, LoRA, Operands, RowStats
 from prefkern.layout import Layout
 from prefkern.losses.base import Loss
 from prefkern.planner import LOCAL, Plan, uses_triton
@@ -173,7 +173,7 @@ def linear_preference_loss(
     head = {
         "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature, "ignore_index": ignore_index,
     }  # fmt: skip
-    want = (*((outputs,) if isinstance(outputs, str) else outputs), *_row_outputs(loss))
+    want = (*check_outputs(outputs), *_row_outputs(loss))
     given = Given(
         ref_logps,
         token_weights,
@@ -238,7 +238,7 @@ def _loss_by_prompts(operands, labels_N, layout, loss, given: Given, normalizer,
 
     chunks = [layout.prompts(run).rows for run in runs]
     stats, gradients = walk(operands, labels_N, call.head, call.plan, call.flags, call.rows, chunks, upstream)
-    out = TokenLogpsOutput(stats.logps, **{name: getattr(stats, name) for name in call.want})
+    out = _asked(stats, call.want)
     given = replace(given, ref_logps_N=out.logps if on_policy else given.ref_logps_N)
     with torch.no_grad():
         result = _from_token_logps(out, layout, loss, given, normalizer, "auto", None)
@@ -274,8 +274,10 @@ def logits_preference_loss(
             labels, softcap, logit_scale, temperature, ignore_index, outputs, keep_logits: as in `logits_token_logps`.
         layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state, diagnostics: as in
             `preference_loss`. Rows with ignore_index count nowhere.
-        impl: "auto" (one fused Triton launch on a GPU, torch elsewhere), "triton" or "eager". A loss that needs all
-            scores before its link takes two launches.
+        impl: "auto" (one fused Triton launch on a GPU, torch elsewhere), "triton" or "eager". Two launches forward
+            where the rows have to be known before they are summed: for losses that look at all scores first or weigh
+            tokens by a row's statistics (`row_outputs`), that add token_kl or have several addends; and under
+            torch.compile.
     Returns:
         PreferenceOutput; metrics as in `linear_preference_loss`.
     Gradient:
@@ -293,14 +295,14 @@ def logits_preference_loss(
         vocab_size=logits.shape[-1],
         diagnostics=diagnostics,
     )
+    want = check_outputs(outputs)
     eager = impl == "eager" or impl == "auto" and not uses_triton(logits.device, logits.dtype)
-    if eager or not _fits_one_launch(loss, token_kl, outputs):
+    if eager or torch.compiler.is_compiling() or not _fits_one_launch(loss, token_kl):
         out = logits_token_logps(
-            logits, labels, softcap, logit_scale, temperature, ignore_index, (*outputs, *_row_outputs(loss)),
+            logits, labels, softcap, logit_scale, temperature, ignore_index, (*want, *_row_outputs(loss)),
             impl=impl, keep_logits=keep_logits,
         )  # fmt: skip
         return _from_token_logps(out, layout, loss, given, normalizer, impl, state)
-    want = check_outputs(outputs)
     check_logits(logits, labels, ignore_index)
     logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     given = replace(given, mask_N=given.mask_N.reshape(-1))
@@ -308,10 +310,8 @@ def logits_preference_loss(
     tail = prepare(loss.segmented(layout), loss, logits.device, torch.float32, given, state)
     head = Head(softcap, logit_scale, temperature, ignore_index)
     call = LogitsCall(head, want, logits_rows(impl, logits), keep_logits or must_keep(logits))
-    summed, score_S, *stats = FusedLogits.apply(logits, labels, tail, call)
-    out = TokenLogpsOutput(
-        stats[0], entropy=stats[2], is_top1=stats[3], mean_logit=stats[4], lse=stats[1] if "lse" in want else None
-    )
+    summed, score_S, *found = FusedLogits.apply(logits, labels, tail, call)
+    out = _asked(RowStats(*found), want)
     return finish(summed, score_S, out.logps, tail, normalizer, _row_metrics(out, given.mask_N))
 
 
@@ -354,9 +354,12 @@ def _row_outputs(loss: Loss) -> tuple[str, ...]:
     return tuple(name for term in loss.addends() for name in term.loss.row_outputs)
 
 
-def _fits_one_launch(loss: Loss, token_kl: Tensor | None, outputs: Collection[str]) -> bool:
-    simple = loss.is_one and not loss.needs_first_pass and not loss.row_outputs
-    return simple and token_kl is None and "log_collision" not in outputs
+def _fits_one_launch(loss: Loss, token_kl: Tensor | None) -> bool:
+    return loss.is_one and not loss.needs_first_pass and not loss.row_outputs and token_kl is None
+
+
+def _asked(stats: RowStats, want: Collection[str]) -> TokenLogpsOutput:
+    return TokenLogpsOutput(stats.logps, **{name: getattr(stats, name) for name in want})
 
 
 def _from_token_logps(out, layout, loss, given: Given, normalizer, impl, state) -> PreferenceOutput:

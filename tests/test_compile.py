@@ -9,7 +9,7 @@ from torch import Tensor
 
 import prefkern as pk
 from conftest import DEVICE
-from prefkern import checks, operators
+from prefkern import checks, operators, preference
 
 D, V = 8, 37
 DPO = pk.losses.get("dpo", beta=0.3)
@@ -194,7 +194,12 @@ def test_bias_adapter_and_reference_rows():
     torch.testing.assert_close(torch.autograd.grad(got, parameters), torch.autograd.grad(want, parameters))
 
 
-def test_logits():
+@pytest.mark.parametrize("where", ["here", "on a GPU"])
+def test_logits(where, monkeypatch):
+    """On a GPU the loss of logits is one launch, which a graph cannot hold: there it is two operators, too."""
+    if where == "on a GPU":  # so far as tracing is concerned
+        monkeypatch.setattr(preference, "uses_triton", lambda device, dtype: True)
+
     def call(x, labels, layout, ref_logps):
         logits = torch.nn.functional.linear(model.body(x), model.head.weight)
         return pk.logits_preference_loss(logits, labels, layout, DPO, ref_logps=ref_logps)

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_good_as_torch, far_apart, poison, row_stats
 from prefkern.head import Head
-from prefkern.kernels import fused_logits, links, row_softmax, tail
+from prefkern.kernels import fused_logits, links, row_softmax
 from prefkern.kernels.fused_logits import fused_logits_forward
 from prefkern.kernels.row_softmax import row_softmax_backward
 from prefkern.kernels.tuning import RowConfig
@@ -267,34 +267,6 @@ def test_rows_outside_every_segment_get_zero_gradient(monkeypatch):
     index = index._replace(segment_end_S=index.segment_end_S - 1)
     *_, g = fused_logits_forward(logits.to(DEVICE), labels.to(DEVICE), Head(), index, links.logistic, (1.0,))
     assert (g == 0).tolist() == [False, False, True, False, False, True]
-
-
-class Counted:
-    """Stands for a kernel and counts its launches."""
-
-    def __init__(self, kernel, launches: list[str]):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        self.launches.append(self.kernel.__name__)
-        return self.kernel[grid]
-
-
-def test_one_launch_forward_one_backward(monkeypatch):
-    launches = []
-    for module, name in (
-        (fused_logits, "fused_logits_forward_kernel"), (tail, "tail_kernel"),
-        (row_softmax, "row_softmax_forward_kernel"), (row_softmax, "row_softmax_backward_kernel"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, Counted(getattr(module, name), launches))
-    layout = Layout.pairs([4, 0], [5, 0]).static(2, accumulate="prefix")
-    logits, labels, ref = (t.to(DEVICE) for t in problem(layout, 17))
-    stats, _, _, g = fused_logits_forward(
-        logits, labels, Head(), layout.index(DEVICE), links.logistic, (0.1,), ref_logps_N=ref
-    )
-    assert launches == ["fused_logits_forward_kernel"]
-    row_softmax_backward(logits, labels, stats.lse, g, Head(), out=logits)
-    assert launches == ["fused_logits_forward_kernel", "row_softmax_backward_kernel"]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU chooses the order of its programs itself")

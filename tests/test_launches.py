@@ -14,6 +14,7 @@ from prefkern import rows as torch_rows
 from prefkern.head import Head
 from prefkern.kernels import lm_head, row_softmax
 from prefkern.kernels.tuning import arch_of, head_config, slice_width
+from prefkern.token_logps import OUTPUTS
 
 LENGTHS = [5, 9, 12, 3, 20, 15]  # chosen, rejected, ... of three pairs
 N, D, V = sum(LENGTHS), 32, 700
@@ -64,17 +65,54 @@ def pairs():
     return pk.Layout.pairs(LENGTHS[0::2], LENGTHS[1::2])
 
 
-@pytest.mark.parametrize("name", ["dpo", "simpo", "autoregressive_dpo"])
-def test_from_logits_one_launch_each_way(name, launches):
-    loss = pk.losses.get(name)
+def from_logits(loss: pk.losses.Loss, outputs: tuple[str, ...], seed: int = 0):
+    """Logits, and a function from an impl to the output of a loss that may write over a copy of them."""
+    torch.manual_seed(seed)
     ref = torch.full((N,), -6.0, device=DEVICE) if loss.needs_reference else None
-    x = torch.randn(N, V, device=DEVICE, requires_grad=True)
+    logits = torch.randn(N, V, device=DEVICE, requires_grad=True)
     labels = torch.randint(0, V, (N,), device=DEVICE)
+    labels[2] = -100
 
-    def forward():
-        return pk.logits_preference_loss(x * 1.0, labels, pairs(), loss, ref, impl="triton").loss
+    def call(impl: str) -> pk.PreferenceOutput:
+        return pk.logits_preference_loss(logits * 1.0, labels, pairs(), loss, ref, outputs=outputs, impl=impl)
 
-    assert step(launches, forward, x) == ({"fused_logits_forward_kernel": 1}, {BACKWARD: 1})
+    return logits, call
+
+
+@pytest.mark.parametrize("outputs", [(), OUTPUTS], ids=["bare", "every output"])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("dpo", {}),
+        ("simpo", {}),
+        ("autoregressive_dpo", {"granularity": pk.Static(4)}),
+        ("autoregressive_dpo", {"granularity": pk.Static(4), "accumulate": "prefix"}),
+    ],
+    ids=["dpo", "simpo", "segments", "prefixes"],
+)
+def test_from_logits_one_launch_each_way(name, options, outputs, launches):
+    logits, call = from_logits(pk.losses.get(name, **options), outputs)
+    counted = step(launches, lambda: call("triton").loss, logits)
+    assert counted == ({"fused_logits_forward_kernel": 1}, {BACKWARD: 1})
+
+    (got, got_grad), (want, want_grad) = (
+        (out, torch.autograd.grad(out.loss, logits)[0]) for out in map(call, ("triton", "eager"))
+    )
+    torch.testing.assert_close((got.loss, got.metrics, got_grad), (want.loss, want.metrics, want_grad))
+
+
+@pytest.mark.parametrize(
+    "name, options, tails",
+    [
+        ("dpo", {"wpo": True}, 1),  # weighs tokens by what a row's statistics say
+        ("dpo", {"nll_weight": 0.1}, 2),  # has two addends
+    ],
+    ids=["weights from the rows", "two addends"],
+)
+def test_from_logits_the_rows_first_where_the_tail_needs_them(name, options, tails, launches):
+    logits, call = from_logits(pk.losses.get(name, **options), ("entropy",))
+    expected = {FORWARD: 1, "tail_kernel": tails}, {BACKWARD: 1}
+    assert step(launches, lambda: call("triton").loss, logits) == expected
 
 
 def test_the_tail_is_one_launch(launches):
