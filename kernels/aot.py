@@ -22,10 +22,10 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
-from .tuning import ARCHS, Arch, Specialization
+from .tuning import ARCHS, TYPE_NAMES, Arch, Specialization
 
 MODULES = ("row_softmax", "lm_head", "tail", "fused_logits")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 # The tensor-core instruction of each family, as it shows in PTX or AMD assembly.
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")

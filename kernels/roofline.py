@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .tuning import Arch, Specialization, row_splits, slice_width, tiles_per_program
+from .tuning import ARCHS, Arch, Specialization, row_splits, slice_width, tiles_per_program
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,17 @@ class Board:
     """The usual board of an architecture; a processor is an SM or a compute unit, a warp there a wavefront.
 
     Fields:
-        processors: how many.
+        arch: how many processors it has, and how much shared memory one program gets.
         matrix_rate, fp32_rate: dense FLOP/s of 16-bit matrix units; of fp32 outside of them (tf32 is never used).
         fp32_per_clock: FLOPs of a processor behind fp32_rate, which gives the clock.
         bandwidth: bytes/s of device memory.
         warps, blocks: most that a processor holds; lone_blocks: blocks of one warp, where more of those fit.
-        shared_memory: bytes a processor has for blocks; each block takes shared_reserved more than it asked for, in
-            steps of shared_step.
+        shared_reserved: bytes of shared memory that each block takes beside what it asked for, in steps of shared_step.
         tensor_memory: columns of accumulators a processor has beside its registers.
     """
 
     name: str
-    processors: int
+    arch: Arch
     matrix_rate: float
     fp32_rate: float
     fp32_per_clock: int
@@ -42,10 +41,19 @@ class Board:
     warps: int = 64
     blocks: int = 32
     lone_blocks: int = 32
-    shared_memory: int = 228 * 1024
     shared_reserved: int = 1024
     shared_step: int = 128
     tensor_memory: int = 0
+
+    @property
+    def processors(self) -> int:
+        """How many."""
+        return self.arch.num_sms
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that a processor has for blocks: one may have all of them, less the system's share."""
+        return self.arch.shared_memory + self.shared_reserved
 
     @property
     def special_rate(self) -> float:
@@ -59,13 +67,16 @@ class Board:
 # Instructions"; the steps of allocation from CUDA's cuda_occupancy.h; PTX ISA, "Tensor Memory"; AMD CDNA 3 ISA guide;
 # LLVM's AMDGPUBaseInfo, "getMaxWorkGroupsPerCU": a workgroup of several waves holds one of 16 barriers.
 BOARDS = {
-    "sm_80": Board("A100 80GB SXM", 108, 312e12, 19.5e12, 128, 2.039e12, shared_memory=164 * 1024),
-    "sm_90": Board("H200 SXM", 132, 989e12, 67e12, 256, 4.8e12),
-    "sm_100": Board("B200 SXM", 148, 2250e12, 75e12, 256, 7.7e12, tensor_memory=512),
-    "gfx942": Board(
-        "MI300X", 304, 1307.4e12, 163.4e12, 256, 5.3e12,
-        warps=32, blocks=16, shared_memory=64 * 1024, shared_reserved=0, shared_step=512,
-    ),
+    board.arch.name: board
+    for board in (
+        Board("A100 80GB SXM", ARCHS["sm_80"], 312e12, 19.5e12, 128, 2.039e12),
+        Board("H200 SXM", ARCHS["sm_90"], 989e12, 67e12, 256, 4.8e12),
+        Board("B200 SXM", ARCHS["sm_100"], 2250e12, 75e12, 256, 7.7e12, tensor_memory=512),
+        Board(
+            "MI300X", ARCHS["gfx942"], 1307.4e12, 163.4e12, 256, 5.3e12,
+            warps=32, blocks=16, shared_reserved=0, shared_step=512,
+        ),
+    )
 }  # fmt: skip
 
 # A processor has four partitions; each has 512 registers for every lane of a warp, handed out in eights. That is 65,536
