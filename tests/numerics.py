@@ -10,6 +10,18 @@ from prefkern.head import Head, RowStats
 # The interpreter's tl.dot returns garbage on bf16 operands, so kernels are interpreted in these two only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
+# Ways in which a matrix may lie in memory: what to make of one of at least 4 rows and columns, of the same shape.
+VIEWS = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "columns of a wider one": lambda x: torch.cat([x, x], 1)[:, 3 : 3 + x.shape[1]],
+    "rows of a longer one": lambda x: torch.cat([x, x])[3 : 3 + x.shape[0]],
+    "every other column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "expanded rows": lambda x: x[:1].expand_as(x),
+    "expanded columns": lambda x: x[:, :1].expand_as(x),
+    "one value": lambda x: x[:1, :1].expand_as(x),
+}
+
 
 def assert_as_good_as_torch(got: Tensor, torch_same_dtype: Tensor, truth_float64: Tensor, eps: float) -> None:
     """max |got - truth| <= 2 max |torch_same_dtype - truth| + eps max |truth|; NaN and infinities where truth has them.

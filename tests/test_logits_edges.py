@@ -5,7 +5,7 @@ import torch
 
 import prefkern as pk
 from conftest import DEVICE
-from numerics import assert_as_good_as_torch, row_stats
+from numerics import VIEWS, assert_as_good_as_torch, row_stats
 from prefkern.head import Head
 
 EPS = 1e-6
@@ -79,15 +79,6 @@ def test_a_peaked_softmax_over_129920_entries(body):
     logits[0, -1], logits[1, labels[1]] = 60.0, 24.0
     logps, _ = compare(body, logits, labels)
     assert logps[0] == 0 and -1e-3 < logps[1] < -1e-5
-
-
-VIEWS = {
-    "transposed": lambda x: x.t().contiguous().t(),
-    "sliced": lambda x: torch.cat([x, x], 1)[:, 3 : 3 + x.shape[1]],
-    "every other column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "expanded": lambda x: x[:1].expand_as(x),
-    "one value": lambda x: x[:1, :1].expand_as(x),
-}
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "in place"])
