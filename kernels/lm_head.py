@@ -338,10 +338,19 @@ def lm_head_backward(
     config = inputs.config(arch, bare=bare, gradient=True)
     config = inputs.choose("lm_head_dlogits", config, arch, lambda c: launch(c, workspace(c), 0))
     slice_NW = workspace(config)
-    dhidden, dlow = (_fresh(t, torch.float32, n) for t, n in ((hidden_ND, needs_hidden), (low_NR, needs_low)))
-    dweight = _fresh(weight_VD, weight_VD.dtype, needs_weight)
-    dlow_weight = _fresh(low_weight_VR, weight_VD.dtype, needs_low_weight)
-    dbias = _fresh(bias_V, torch.float32, needs_bias)
+    # Sums over the slices start from 0; of the others each slice writes its own part.
+    dhidden, dlow = (
+        torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format) if needed else None
+        for t, needed in ((hidden_ND, needs_hidden), (low_NR, needs_low))
+    )
+    dweight, dlow_weight, dbias = (
+        torch.empty(t.shape, dtype=dtype, device=t.device) if needed else None
+        for t, dtype, needed in (
+            (weight_VD, weight_VD.dtype, needs_weight),
+            (low_weight_VR, weight_VD.dtype, needs_low_weight),
+            (bias_V, torch.float32, needs_bias),
+        )
+    )
     for first in range(0, V, slice_NW.shape[1]):
         flags = launch(config, slice_NW, first)
         part = slice(first, min(first + slice_NW.shape[1], V))
@@ -355,10 +364,6 @@ def lm_head_backward(
             torch.sum(dlogits, 0, dtype=torch.float32, out=dbias[part])
     found = (dhidden, dweight, dbias, dlow, dlow_weight)
     return tuple(None if grad is None else grad.to(t.dtype) for grad, t in zip(found, parameters))
-
-
-def _fresh(like: Tensor | None, dtype: torch.dtype, needed: bool) -> Tensor | None:
-    return torch.zeros(like.shape, dtype=dtype, device=like.device) if needed else None
 
 
 def _add_products(drows, dcolumns, dlogits_NW: Tensor, rows: Tensor, columns: Tensor, part: slice) -> None:

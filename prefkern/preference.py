@@ -275,8 +275,8 @@ def logits_preference_loss(
         layout, loss, ref_logps, token_weights, normalizer, targets, mismatched, token_kl, state, diagnostics: as in
             `preference_loss`. Rows with ignore_index count nowhere.
         impl: "auto" (one fused Triton launch on a GPU, torch elsewhere), "triton" or "eager". Two launches forward
-            where the rows have to be known before they are summed: for losses that look at all scores first or weigh
-            tokens by a row's statistics (`row_outputs`), that add token_kl or have several addends; and under
+            where the rows have to be known before they are summed: for losses that look at all scores first, or at
+            statistics of the rows (`row_outputs`), that add up token_kl or have several addends; and under
             torch.compile.
     Returns:
         PreferenceOutput; metrics as in `linear_preference_loss`.

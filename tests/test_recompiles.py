@@ -19,7 +19,7 @@ import torch
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from prefkern.head import Head
-from prefkern.kernels import fused_logits, links, row_softmax, tail
+from prefkern.kernels import fused_logits, links, lm_head, row_softmax, tail
 from prefkern.kernels.tuning import ARCHS
 from prefkern.layout import Layout
 
@@ -32,10 +32,10 @@ def record(self, *args, grid, warmup, **kwargs):
     keys.setdefault(self.fn.__name__, set()).add(f"{specialization} {options}")
 
 JITFunction.run = record
-for module in (row_softmax, fused_logits, tail):
+for module in (row_softmax, fused_logits, lm_head, tail):
     module.arch_of = lambda device: arch
 
-def run(N, V, offset, temperature):
+def logits_path(N, V, offset, temperature):
     logits = torch.empty(N, V + 3, dtype=torch.bfloat16)[:, offset : offset + V]
     labels, weights = torch.zeros(N + 1, dtype=torch.int64)[1:], torch.ones(N + offset)[offset:]
     head = Head(temperature=temperature, ignore_index=-offset)
@@ -47,8 +47,18 @@ def run(N, V, offset, temperature):
     )
     tail.tail(stats.logps, index, links.logistic, (temperature,), token_weights_N=weights)
 
-for case in json.loads(sys.argv[2]):
-    run(*case)
+def cut_body(N, V, offset, temperature):
+    hidden, weight = torch.zeros(N, 64, dtype=torch.bfloat16), torch.zeros(V, 64, dtype=torch.bfloat16)
+    labels, lse = torch.zeros(N, dtype=torch.int64), torch.zeros(N)
+    head = Head(temperature=temperature, ignore_index=-offset)
+    lm_head.lm_head_forward(hidden, weight, labels, head)
+    lm_head.lm_head_backward(
+        hidden, weight, labels, lse, lse, head, needs_hidden=True, needs_weight=False, needs_bias=False,
+        workspace_bytes=1 << 20,
+    )
+
+for path, *case in json.loads(sys.argv[2]):
+    {"logits": logits_path, "cut": cut_body}[path](*case)
 print(json.dumps({kernel: len(found) for kernel, found in keys.items()}))
 """
 
@@ -66,7 +76,7 @@ def compilations(arch: str, cases: list) -> dict[str, int]:
 def test_the_logits_path(arch):
     """Rows from few and split to many and whole, vocabularies, views from odd places, hyper-parameters."""
     cases = [
-        (N, V, offset, 1.0 + offset / 3)
+        ("logits", N, V, offset, 1.0 + offset / 3)
         for N, V in ((40, 32_000), (64, 32_003), (999, 40_001), (5000, 33_000))
         for offset in (0, 1, 3)
     ]
@@ -80,7 +90,15 @@ def test_the_logits_path(arch):
     assert found == dict.fromkeys(kernels, 1)
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_the_cut_body(arch):
+    """From 65 rows on, and any number of slices of the vocabulary; fewer rows have a tile of their own."""
+    found = compilations(arch, [("cut", N, V, N, N / 64) for N in (65, 999, 1024, 4100) for V in (4096, 8192)])
+    kernels = ("lm_head_forward_kernel", "lm_head_combine_kernel", "lm_head_dlogits_kernel")
+    assert found == dict.fromkeys(kernels, 1)
+
+
 def test_the_probe_sees_a_recompilation():
     """Short rows share programs: another kernel."""
-    found = compilations("sm_90", [(40, 32_000, 0, 1.0), (40, 500, 0, 1.0)])
+    found = compilations("sm_90", [("logits", 40, 32_000, 0, 1.0), ("logits", 40, 500, 0, 1.0)])
     assert found["row_softmax_forward_kernel"] == 2
