@@ -2,7 +2,8 @@
 
 Each runs its steps in a process of its own, in turn: tokeniser, collator, reference, policy, head, loss, backward and
 optimizer as the trainers have them. Policy and reference differ, so the losses do; they have to agree at every step.
-Time is that of a step after the first; peak memory that of all steps beyond model, reference and data.
+Time is that from the end of a step to the end of the next, first one left out; peak memory that of all steps beyond
+model, reference and data.
 
 The model is a small Llama with a vocabulary that is large for it, as real ones' are; fp32 on a CPU.
 """
@@ -75,11 +76,13 @@ def records(runs: dict[str, list[Steps]], shape: Shape) -> list[Record]:
             assert abs(a - b) <= LOSS_WITHIN, f"step {step}: our loss is {a}, TRL's {b}"
     found = []
     for name, parts in runs.items():
+        pairs = [pair for p, q in zip(parts, runs["trl"], strict=True) for pair in zip(p.losses, q.losses, strict=True)]
         times = [seconds for part in parts for seconds in part.seconds[1:]]
         tokens = [n for part in parts for n in part.tokens[1:]]
         found.append({
             **case_record("trainer", shape, "fp32", "step", name), **percentiles(times), "times_s": times,
             "tokens_per_s": sum(tokens) / sum(times), "losses": parts[0].losses,
+            "loss_difference": max(abs(a - b) for a, b in pairs),  # from TRL's, of any step
             "peak_extra_mib": max(part.peak_extra_mib for part in parts),
         })  # fmt: skip
     for r in found:
@@ -139,10 +142,14 @@ def make(name: str, size: Size, folder: str):
 
 
 def watch(trainer, seen: dict[str, list[Any]]) -> None:
-    """Note loss, time and tokens of every step: from the batch's collation to the optimizer's update."""
+    """Note loss, time and tokens of every step.
+
+    A step's time starts where the one before ends: batches are collated one step ahead, so a time that starts at the
+    collation of a step's own batch would span two steps.
+    """
     import transformers
 
-    step, collate, started = trainer.training_step, trainer.data_collator, []
+    step, collate, ends = trainer.training_step, trainer.data_collator, []
 
     def training_step(*args, **kwargs):
         loss = step(*args, **kwargs)
@@ -150,14 +157,17 @@ def watch(trainer, seen: dict[str, list[Any]]) -> None:
         return loss
 
     def data_collator(rows):
-        started.append(time.perf_counter())
         responses = [row[f"{r}_ids"] for row in rows for r in ("chosen", "rejected")]
         seen["tokens"].append(sum(2 * len(row["prompt_ids"]) for row in rows) + sum(map(len, responses)))
         return collate(rows)
 
     class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
         def on_step_end(self, *args, **kwargs):
-            seen["seconds"].append(time.perf_counter() - started[len(seen["seconds"])])
+            ends.append(time.perf_counter())
+            seen["seconds"].append(ends[-1] - ends[-2])
 
     trainer.training_step, trainer.data_collator = training_step, data_collator
     trainer.add_callback(Clock())
