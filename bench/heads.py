@@ -144,7 +144,7 @@ class Scaling(Head):
 
     name = "scaling"
     usual_dtypes = ("bf16",)
-    usual_passes = ("forward", "frozen")
+    usual_passes = ("forward", "frozen", "trained")
     checked_rows = 256
 
     def __init__(self) -> None:
@@ -152,7 +152,8 @@ class Scaling(Head):
         self.usual_providers = ("prefkern", "cross_entropy")
 
     def obstacle(self, provider: Provider, kind: str, shape: Shape, dtype: str, rate: float) -> str | None:
-        if not provider.ours and (kind != "frozen" or shape.n > 4096 and provider.name not in self.roofs):
+        is_peer = not provider.ours and provider.name not in self.roofs
+        if is_peer and (kind != "frozen" or shape.n > 4096):
             return "compared where the head is frozen, up to N 4096"
         return super().obstacle(provider, kind, shape, dtype, rate)
 

@@ -53,7 +53,7 @@ class Provider:
         if DEVICE.type not in self.devices and not interpreted:
             return f"does not run on {DEVICE.type}"
         if dtype not in self.dtypes:
-            return f"adds nothing in {dtype}"
+            return f"is not run in {dtype}"
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if self.name.startswith("linear_ce") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):

@@ -51,8 +51,8 @@ class Tail(Suite):
 
     def __init__(self) -> None:
         own = (
-            Provider("prefkern_eager", _prefkern_tail("eager"), ours=True),
-            Provider("prefkern", _prefkern_tail("triton"), devices=("cuda",), ours=True),
+            Provider("prefkern", _prefkern_tail("auto"), ours=True),
+            Provider("prefkern_eager", _prefkern_tail("eager"), devices=("cuda",), ours=True),  # elsewhere auto is
         )
         super().__init__((Provider(BASELINE, _torch_dpo), *own))
 
