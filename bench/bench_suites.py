@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import record
-from bench.fresh import Case, Outcome, measure, verdict, warm_up
+from bench.fresh import Case, Outcome, failure, in_a_process, measure, verdict, warm_up
 from bench.providers import BASELINE
 from bench.shapes import DTYPES, Shape, matmul_rate, synchronize
 from bench.suites import SUITES
@@ -23,6 +23,7 @@ from bench.suites import SUITES
 SLOW_SECONDS, SLOW_ROUNDS = 5, 2  # a run that takes longer is run less often
 _warm: set[Case] = set()  # of the group that is being timed
 _group: list[Case] = []  # one of that group
+_failed: set[Case] = set()  # while they were timed
 
 
 def cases(options) -> Iterator[tuple[Case, str | None]]:
@@ -93,7 +94,7 @@ def measured(truths, pytestconfig):
         small = SUITES[case.suite].checked(case.shape)
         truth = truths(case.suite, case.dtype, small)
         try:
-            own = measure(case, truth)
+            own = in_a_process(measure, case, truth)
         except RuntimeError as error:
             leave_out(pytestconfig.option, [(case, str(error))])
             return str(error)
@@ -122,8 +123,10 @@ def bench_is_right(case: Case, measured) -> None:
         assert found[1] == "met", f"{case}: {found[1]}"
 
 
-def bench_time(case: Case, round_: int, measured, benchmark) -> None:
+def bench_time(case: Case, round_: int, measured, benchmark, pytestconfig) -> None:
     suite = SUITES[case.suite]
+    if case in _failed:
+        pytest.skip("failed in an earlier round")
     facts = {"contract": None}
     if case.provider not in suite.roofs:
         found = measured(case)
@@ -133,7 +136,22 @@ def bench_time(case: Case, round_: int, measured, benchmark) -> None:
             pytest.skip(f"{found[0].seconds:.0f} s a run: {SLOW_ROUNDS} rounds are enough")
         facts = {**asdict(found[0]), "contract": found[1]}
         facts.pop("seconds")
-    data = inputs(case.suite, case.dtype, case.shape)
+    benchmark.extra_info.update(
+        case=[case.suite, list(case.shape), case.dtype, case.kind, case.provider], measured=facts
+    )  # fmt: skip
+    try:
+        time_once(case, benchmark)
+    except Exception as error:  # of whatever package computes; what it timed before is dropped with it
+        if suite.find(case.provider).ours or case.provider in suite.roofs:
+            raise
+        _failed.add(case)
+        leave_out(pytestconfig.option, [(case, failure(error))])
+        pytest.skip(failure(error))
+
+
+def time_once(case: Case, benchmark) -> None:
+    """One round; where it is the first of its group or provider, warm up before."""
+    suite, data = SUITES[case.suite], inputs(case.suite, case.dtype, case.shape)
 
     def step() -> None:
         suite.step(case.provider, case.kind, prepared)
@@ -147,7 +165,4 @@ def bench_time(case: Case, round_: int, measured, benchmark) -> None:
         warm_up(case, data)
         _warm.add(case)
     prepared = suite.prepare(case.provider, case.kind, data)
-    benchmark.extra_info.update(
-        case=[case.suite, list(case.shape), case.dtype, case.kind, case.provider], measured=facts
-    )  # fmt: skip
     benchmark.pedantic(step, rounds=1, iterations=suite.iterations)

@@ -58,19 +58,11 @@ class Outcome:
     error: dict[str, float]
 
 
-def measure(case: Case, truth: Path) -> Outcome:
-    """Run the case in a fresh process; RuntimeError where it failed or was killed."""
-    try:
-        return in_a_process(main, case, truth)
-    except RuntimeError as error:
-        raise RuntimeError(f"{case} {error}") from None
-
-
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What the function returns, called in a fresh process.
 
     Raises:
-        RuntimeError: it failed, with its exception's message, or the process was killed.
+        RuntimeError: it failed, with the first line of its exception's message, or the process was killed.
     """
     context = multiprocessing.get_context("forkserver")
     # Peers are imported once; on a GPU each process does it, as some look at the device, which no fork survives.
@@ -93,7 +85,12 @@ def _send_result(sender, function: Callable[..., Any], arguments: tuple) -> None
     try:
         sender.send((function(*arguments), None))
     except Exception as error:  # of whatever package computes
-        sender.send((None, f"failed: {type(error).__name__}: {error}"))
+        sender.send((None, failure(error)))
+
+
+def failure(error: Exception) -> str:
+    """What is put on record of a provider that failed: the first line."""
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def verdict(case: Case, outcome: Outcome, baseline: Outcome) -> str:
@@ -112,7 +109,12 @@ def verdict(case: Case, outcome: Outcome, baseline: Outcome) -> str:
     return off or "met"
 
 
-def main(case: Case, truth: Path) -> Outcome:
+def measure(case: Case, truth: Path) -> Outcome:
+    """Run the case in this process.
+
+    Args:
+        truth: file of the results in float64, at the shape that is checked.
+    """
     suite = SUITES[case.suite]
     inputs = suite.inputs(case.shape, case.dtype)
     warm_up(case, inputs)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from bench import record, report
+from bench.conftest import listed
 from bench.meter import Meter
 from bench.shapes import MODELS, Shape
 from bench.suite import Suite
@@ -76,14 +77,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything, tests included")
     parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
-    parser.add_argument("--blocks", type=lambda text: text.split(","), help=f"of {', '.join(b.name for b in BLOCKS)}")
+    known = [block.name for block in BLOCKS]
+    parser.add_argument("--blocks", type=listed(known), help=f"of {', '.join(known)}; all unless set")
     parser.add_argument("--out", type=Path, help="JSON lines to append to; a new file under bench/results unless set")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes; in Triton's interpreter without a GPU")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--date", help=argparse.SUPPRESS)  # of the run, which all blocks are of
     args = parser.parse_args()
     if args.worker:
         block = next(b for b in BLOCKS if b.name == args.worker)
-        return run_block(block, time.monotonic() + 60 * args.minutes, args.out, args.dry_run)
+        return run_block(block, time.monotonic() + 60 * args.minutes, args.out, args.dry_run, args.date)
     return supervise(args)
 
 
@@ -100,7 +103,7 @@ def supervise(args: argparse.Namespace) -> int:
         print("no figures: the tests are red")
         return 1
     out = args.out or ROOT / "bench" / "results" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-gpu.jsonl"
-    status, cut = 0, []
+    status, cut, date = 0, [], record.provenance()["date"]
     for block in BLOCKS:
         if args.blocks and block.name not in args.blocks:
             continue
@@ -110,7 +113,7 @@ def supervise(args: argparse.Namespace) -> int:
             continue
         print(f"\n{block.name}: {left:.0f} s left", flush=True)
         command = [sys.executable, "-m", "bench.gpu", "--worker", block.name, "--minutes", str((left - 10) / 60)]
-        command += ["--out", str(out), *["--dry-run"] * args.dry_run]
+        command += ["--out", str(out), "--date", date, *["--dry-run"] * args.dry_run]
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, timeout=left)
             status = max(status, abs(done.returncode))
@@ -193,9 +196,9 @@ def _imports(path: Path) -> set[str]:
 # --- A block, in a process of its own ------------------------------------------------------------------------------
 
 
-def run_block(block: Block, deadline: float, out: Path, dry_run: bool) -> int:
+def run_block(block: Block, deadline: float, out: Path, dry_run: bool, date: str) -> int:
     """Measure a block and append its records; exit status 1 where something of ours was wrong or failed."""
-    suite, origin = SUITES[block.suite], record.provenance()
+    suite, origin = SUITES[block.suite], {**record.provenance(), "date": date}
     meter, status, longest = Meter(suite, rounds=1 if dry_run else suite.rounds("bf16")), 0, 0.0
     for shape, kind in groups(block, dry_run):
         start = time.monotonic()

@@ -76,7 +76,7 @@ class Meter:
         try:
             return function(*arguments), None
         except Exception as error:
-            why = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            why = fresh.failure(error)
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()

@@ -10,9 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
-from bench.record import Record  # noqa: E402
-from bench.report import ROOF_NAMES  # noqa: E402
+from bench.record import Record, beyond_results  # noqa: E402
+from bench.report import ROOF_NAMES, machine  # noqa: E402
 from bench.shapes import Shape  # noqa: E402
 
 # Okabe and Ito's colours, told apart by everybody; ours is the one that stands out.
@@ -23,6 +24,8 @@ PASSES = {
     "frozen": ("frozen head", "s", "-"),
     "trained": ("trained head", "^", "--"),
 }
+FLOPS = {"forward": 2, "frozen": 4, "trained": 6}  # of NDV
+LEAST_MIB = 0.1  # a logarithmic axis has no 0
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
          "font.size": 10, "legend.frameon": False, "axes.axisbelow": True, "figure.dpi": 150}  # fmt: skip
 
@@ -33,9 +36,18 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     drawn = []
     for device in dict.fromkeys(r["device"] for r in records):
         timed = [r for r in records if r["device"] == device and "p50_s" in r]
-        for name, picture in {"scaling": scaling, "roof": of_roof, "logits": bandwidth}.items():
+        against = {
+            f"scaling-{dtype}": [r for r in timed if r["suite"] == "scaling" and r["dtype"] == dtype]
+            for dtype in dict.fromkeys(r["dtype"] for r in timed)
+        }
+        wanted = [
+            *((name, scaling, part) for name, part in against.items()),
+            ("roof", of_roof, timed),
+            ("logits", bandwidth, timed),
+        ]
+        for name, picture, part in wanted:
             with plt.rc_context(STYLE):
-                figure = picture(timed)
+                figure = picture(part)
             if figure is not None:
                 path = folder / f"{_slug(device)}-{name}.png"
                 figure.savefig(path, bbox_inches="tight")
@@ -48,24 +60,19 @@ def _slug(device: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
 
 
-def _machine(r: Record) -> str:
-    return f"{r['device']}, {r['threads']} threads"
-
-
 def scaling(records: Sequence[Record]):
-    """Time and memory against N and against V, both axes logarithmic: a slope of one is linear."""
-    records = [r for r in records if r["suite"] == "scaling" and r["provider"] not in ROOF_NAMES]
+    """Time and memory of one dtype against N and against V, both axes logarithmic: linear is as steep as the floors."""
+    records = [r for r in records if r["provider"] not in ROOF_NAMES]
     if not records:
         return None
     usual = Shape()
-    dtypes = list(dict.fromkeys(r["dtype"] for r in records))
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 7), sharex="col", layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9.5, 7.4), sharex="col", layout="constrained")
     columns = (("N, response tokens", 0, lambda r: r["shape"][2] == usual.v),
                ("V, vocabulary entries", 2, lambda r: r["shape"][0] == usual.n))  # fmt: skip
     for column, (label, axis, belongs) in enumerate(columns):
-        chosen = [r for r in records if belongs(r) and r["dtype"] == dtypes[0]]
+        chosen = [r for r in records if belongs(r)]
         _lines(axes[0, column], chosen, axis, lambda r: 1000 * r["p50_s"])
-        _lines(axes[1, column], chosen, axis, _beyond_outputs)
+        _lines(axes[1, column], chosen, axis, lambda r: max(beyond_results(r), LEAST_MIB))
         _floors(axes[0, column], chosen, axis)
         axes[1, column].set_xlabel(label)
         ticks = sorted({r["shape"][axis] for r in chosen})
@@ -74,13 +81,15 @@ def scaling(records: Sequence[Record]):
             ax.set_yscale("log")
             ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
             ax.minorticks_off()
-            ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.3g}" if y < 1 else f"{y:,.0f}")
     axes[0, 0].set_ylabel("time, ms")
     axes[1, 0].set_ylabel("peak beyond inputs and results, MiB")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    axes[0, 0].legend(handles, labels, fontsize=8, loc="upper left")
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
     d = records[0]["shape"][1]
-    figure.suptitle(f"D {d}, {dtypes[0]}; left V {usual.v:,}, right N {usual.n:,}; {_machine(records[0])}", fontsize=11)
+    dtype = records[0]["dtype"]
+    figure.suptitle(f"D {d:,}, {dtype}; left V {usual.v:,}, right N {usual.n:,}; {machine(records[0])}", fontsize=11)
     return figure
 
 
@@ -96,16 +105,14 @@ def _lines(ax: Axes, records: Sequence[Record], axis: int, value: Callable[[Reco
 
 
 def _floors(ax: Axes, records: Sequence[Record], axis: int) -> None:
-    """The frozen head's 4NDV at the rate of the matrix product."""
-    frozen = [r for r in records if r["pass"] == "frozen" and r["of_roof"]]
-    found = {r["shape"][axis]: 1000 * r["p50_s"] * r["of_roof"] for r in frozen}
-    if found:
-        x, y = zip(*sorted(found.items()))
-        ax.plot(x, y, color=GREY, lw=1, label="4NDV at the matmul's rate")
-
-
-def _beyond_outputs(r: Record) -> float:
-    return max(r["peak_extra_mib"] - (r.get("outputs_mib") or 0.0), 0.1)
+    """What each pass needs (2, 4 or 6 NDV) at the rate of the matrix product in the same rounds."""
+    for kind, (_, _, line) in PASSES.items():
+        found = {
+            r["shape"][axis]: 1000 * r["p50_s"] * r["of_roof"] for r in records if r["pass"] == kind and r["of_roof"]
+        }
+        if found:
+            x, y = zip(*sorted(found.items()))
+            ax.plot(x, y, line, color=GREY, lw=1, label=f"{FLOPS[kind]}NDV at the matmul's rate")
 
 
 def of_roof(records: Sequence[Record]):
@@ -143,10 +150,11 @@ def of_roof(records: Sequence[Record]):
         ax.tick_params(axis="y", length=0, labelsize=8.5)
     for ax in axes[-1]:
         ax.set_xlabel("% of the matmul's rate")
-    axes[0, 0].set_xlim(0, 150)
-    axes[0, 0].set_xticks([0, 25, 50, 75, 100])
+    longest = max(100, *(100 * r["of_roof"] for r in records))
+    axes[0, 0].set_xlim(0, longest + 50)  # room for the words beside the longest bar
+    axes[0, 0].set_xticks(range(0, int(longest) + 1, 25))
     n, d, v = shape
-    figure.suptitle(f"N {n:,}, D {d:,}, V {v:,}; {_machine(records[0])}", fontsize=11)
+    figure.suptitle(f"N {n:,}, D {d:,}, V {v:,}; {machine(records[0])}", fontsize=11)
     return figure
 
 
@@ -176,11 +184,14 @@ def bandwidth(records: Sequence[Record]):
                         x, y, line, marker="o", ms=4, color=colours.get(provider, OURS), label=f"{provider}, V {v:,}"
                     )
         ax.set_xscale("log", base=2)
-        ax.set_xlabel("N, rows")
+        ticks = sorted({r["shape"][0] for r in part})
+        ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        ax.set_xlabel("N, rows of logits")
         ax.set_title(kind, fontsize=10)
         ax.axhline(100, color=GREY, lw=1)
     axes[0, 0].set_ylabel("% of device-copy bandwidth")
     axes[0, 0].set_ylim(0, None)
     axes[0, -1].legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.suptitle(records[0]["device"], fontsize=11)
+    dtypes = ", ".join(dict.fromkeys(r["dtype"] for r in records))
+    figure.suptitle(f"From logits to log-probabilities and back, {dtypes}; {records[0]['device']}", fontsize=11)
     return figure

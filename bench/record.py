@@ -22,6 +22,8 @@ from bench.suites import SUITES
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
 
+NEEDED = {"date", "device", "threads", "versions", "suite", "model", "shape", "dtype", "pass", "provider", "ours"}
+
 Record = dict[str, Any]
 
 
@@ -121,12 +123,22 @@ def from_benchmark(results: Mapping[str, Any], left_out: Iterable[Record] = ()) 
         key = (suite, Shape(*shape), dtype, kind, provider)
         times.setdefault(key, []).append(entry["stats"]["median"])
         measured[key] = entry["extra_info"]["measured"]
+    left_out = list(left_out)
+    gone = [{k: v for k, v in r.items() if k != "left_out"} for r in left_out]
     records = [
         {**case_record(*key), **percentiles(values), "times_s": values, **measured[key]}
         for key, values in times.items()
+        if case_record(*key) not in gone
     ]
     origin = provenance()
     return [{**origin, **r} for r in [*compare(records), *left_out]]
+
+
+def beyond_results(r: Record) -> float | None:
+    """MiB at the peak beyond inputs and results, 0 where the results took the place of inputs; None if not measured."""
+    if r.get("peak_extra_mib") is None:
+        return None
+    return max(r["peak_extra_mib"] - (r.get("outputs_mib") or 0.0), 0.0)
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
@@ -141,11 +153,33 @@ def lines(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def measurements() -> list[Path]:
+    """The files of bench/results that hold measurements; others hold what kernels were compiled to."""
+    return [path for path in sorted(RESULTS.glob("*.jsonl")) if all(NEEDED <= r.keys() for r in lines(path))]
+
+
 def read(paths: Iterable[Path]) -> list[Record]:
-    """Records of several files; where two are of the same case and machine, the one that was written last."""
-    found: dict[tuple, Record] = {}
-    for r in (r for path in paths for r in lines(path)):
-        key = (r["device"], r["suite"], r["model"], tuple(r["shape"]), r["dtype"], r["pass"], r["provider"])
-        found.pop(key, None)
-        found[key] = r
-    return list(found.values())
+    """Records of several files, a case (suite, shape, dtype and pass on a machine) with all its providers of one run.
+
+    A later run of a case replaces an earlier one whole, whoever was in it: only providers that were timed in turn
+    are compared.
+
+    Raises:
+        ValueError: a file is missing or holds something else.
+    """
+    cases: dict[tuple, dict[str, Record]] = {}
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} is not there")
+        for r in lines(path):
+            if not NEEDED <= r.keys():
+                raise ValueError(f"{path}: no measurements as `python -m bench` writes them")
+            key = (r["device"], r["threads"], r["suite"], r["model"], *r["shape"], r["dtype"], r["pass"])
+            run = cases.setdefault(key, {})
+            dates = {other["date"] for other in run.values()}
+            if any(r["date"] < date for date in dates):
+                continue
+            if any(date < r["date"] for date in dates):
+                run.clear()
+            run[r["provider"]] = r
+    return [r for run in cases.values() for r in run.values()]

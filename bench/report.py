@@ -1,24 +1,23 @@
 """JSON lines as tables and pictures.
 
-python -m bench.report bench/results/FILE.jsonl ... [--markdown] [--readme README.md] [--plots bench/results]
+python -m bench.report [FILE.jsonl ...] [--markdown] [--readme README.md] [--tables FILE.md] [--plots FOLDER]
 
---readme replaces what stands between `<!-- bench -->` and `<!-- /bench -->` by the tables.
+Without files, of all measurements in bench/results. --readme replaces what stands between `<!-- bench -->` and
+`<!-- /bench -->` by ours against the fastest peer, case by case, and the tables of one shape; --tables writes every
+table, with what was left out and why.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from bench import record
 from bench.record import Record
+from bench.suites import SUITES
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-COLUMNS = (
-    "suite", "dtype", "pass", "provider", "p50 ms", "p20-p80 ms", "x torch", "of roof", "extra MiB", "error", "contract"
-)  # fmt: skip
-NAMES = 4  # columns that are no figures
 TITLES = {
     "dpo": "From hidden states to a DPO loss and its gradient",
     "head": "From hidden states to token log-probabilities",
@@ -29,42 +28,80 @@ TITLES = {
     "trainer": "A whole training step",
 }
 SIZES = {"tail": "N {0}", "logits": "N {0}, V {2}", "trainer": "{0} pairs a step, D {1}, V {2}"}
+ROOF_NAMES = frozenset(name for suite in SUITES.values() for name in suite.roofs) | {"onednn"}
+IN_README = ("head", "dpo", "tail", "trainer")
 LEGEND = (
     "x torch: p50 divided by plain torch's (logits in the model's dtype, softmax in fp32); of roof: time of the "
-    "pass's 2, 4 or 6 NDV at the rate of the fastest matrix product of the same shape in the same rounds, divided by "
-    "p50; extra: peak memory beyond the inputs, results included, "
-    "on a CPU of a fresh process, on a GPU of torch's allocator; error: largest of all results "
-    "against float64, relative to the largest value; contract: whether it is within twice plain torch's error."
+    "pass's 2, 4 or 6 NDV at the rate of the fastest matrix product of the same shape in the same rounds (from logits: "
+    "of its bytes at the rate of a copy), divided by p50; MiB: peak memory beyond inputs and results, "
+    "on a CPU of a fresh process, on a GPU of torch's allocator (of a trainer: beyond model, reference and data); "
+    "error: largest of all results against float64, relative to the largest value; contract: whether it is within "
+    "twice plain torch's error."
 )
+
+Row = tuple[str, ...]
 
 
 def text(records: Sequence[Record]) -> str:
-    """All records as aligned text, a table for each suite and shape."""
-    return "\n\n".join(_table(title, rows, _aligned) for title, rows in _tables(records)) + f"\n\n{LEGEND}"
+    """All records as aligned text, a table for each machine and suite."""
+    tables = [_table(title, rows, _aligned, notes) for title, rows, notes in _tables(records)]
+    return "\n\n".join([*tables, LEGEND])
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """The same in Markdown, with the summary first."""
-    parts = [_table(title, rows, _markdown) for title, rows in _tables(records)]
-    summary = _table("Ours against the fastest peer", [SUMMARY_COLUMNS, *summaries(records)], _markdown)
-    return "\n\n".join([summary, *parts, LEGEND])
+def markdown(records: Sequence[Record], suites: Sequence[str] = tuple(TITLES)) -> str:
+    """For each machine ours against the fastest peer, then the tables of some suites, in Markdown."""
+    machines: dict[str, list[Record]] = {}
+    for r in records:
+        machines.setdefault(machine(r), []).append(r)
+    best = {name: summaries(own) for name, own in machines.items()}
+    first = [
+        _table(f"**Ours against the fastest peer**: {name}", [SUMMARY_COLUMNS, *rows], _markdown)
+        for name, rows in best.items()
+        if rows
+    ]
+    tables = _tables([r for r in records if r["suite"] in suites])
+    rest = [_table(f"**{title}**", rows, _markdown, [f"- {note}" for note in notes]) for title, rows, notes in tables]
+    return "\n\n".join([*first, *rest, LEGEND])
 
 
-def _tables(records: Sequence[Record]) -> Iterable[tuple[str, list[tuple[str, ...]]]]:
+def _tables(records: Sequence[Record]) -> Iterable[tuple[str, list[Row], list[str]]]:
+    """Title, rows and notes on what was left out, of each machine and suite."""
     groups: dict[tuple, list[Record]] = {}
     for r in records:
-        own = () if r["suite"] == "scaling" else (r["model"], *r["shape"])
-        groups.setdefault((r["device"], r["threads"], r["suite"], *own), []).append(r)
-    for (device, threads, suite, *own), group in groups.items():
-        timed = [r for r in group if "p50_s" in r]
-        left = sorted({f"{r['provider']} ({r['left_out']})" for r in group if "left_out" in r})
-        size = SIZES.get(suite, "N {0}, D {1}, V {2}").format(*own[1:]) if own else "D 1024"
-        model = f"{own[0]}, " if own and own[0] else ""
-        title = f"{TITLES[suite]}: {model}{size}; {device}, {threads} threads; {_versions(group[0])}"
-        if left:
-            title += f"\nleft out: {'; '.join(left)}"
-        if timed:
-            yield title, [_columns(suite), *(_row(r) for r in timed)]
+        groups.setdefault((r["device"], r["threads"], r["suite"]), []).append(r)
+    for (_, _, suite), group in groups.items():
+        sizes = list(dict.fromkeys(map(size, group)))
+        one = f"{sizes[0]}; " if len(sizes) == 1 else ""
+        title = f"{TITLES[suite]}: {one}{machine(group[0])}; {_versions(group[0])}"
+        yield title, _rows(group, sized=len(sizes) > 1), left_out(group)
+
+
+def size(r: Record) -> str:
+    """What a record is of, in words."""
+    model = f"{r['model']}, " if r["model"] else ""
+    numbers = SIZES.get(r["suite"], "N {0}" if model else "N {0}, D {1}, V {2}")
+    return model + numbers.format(*r["shape"])
+
+
+def machine(r: Record) -> str:
+    """Device and threads."""
+    return f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] != 1)}"
+
+
+def left_out(records: Sequence[Record]) -> list[str]:
+    """A line for each reason why something was not timed: who, and where it was timed elsewhere, at what."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    every: dict[str, set[str]] = {}
+    for r in records:
+        case = f"{size(r)} {r['dtype']} {r['pass']}"
+        every.setdefault(r["provider"], set()).add(case)
+        if "left_out" in r:
+            cases.setdefault((r["provider"], r["left_out"]), []).append(case)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for (name, why), of in cases.items():
+        at = "" if name and set(of) == every[name] else f", at {'; '.join(of)}"
+        alike.setdefault((why, at), []).append(name or "all others")
+    return [f"left out: {', '.join(names)} ({why}){at}" for (why, at), names in alike.items()]
 
 
 def _versions(r: Record) -> str:
@@ -72,61 +109,64 @@ def _versions(r: Record) -> str:
     return ", ".join(f"{name} {found}" for name, found in known.items())
 
 
-def _columns(suite: str) -> tuple[str, ...]:
-    if suite != "trainer":
-        return COLUMNS
-    return (*("x TRL" if name == "x torch" else name for name in COLUMNS), "tokens/s")
+NAMES = ("shape", "dtype", "pass", "provider", "suite", "fastest peer", "contract")  # columns that are no figures
+COLUMNS: dict[str, Callable[[Record], str]] = {
+    "dtype": lambda r: r["dtype"],
+    "pass": lambda r: r["pass"],
+    "provider": lambda r: r["provider"],
+    "p50 ms": lambda r: _milliseconds(r["p50_s"]),
+    "p20-p80 ms": lambda r: f"{_milliseconds(r['p20_s'])}-{_milliseconds(r['p80_s'])}",
+    "x torch": lambda r: _number(r.get("ratio"), ".2f"),
+    "of roof": lambda r: _number(r.get("of_roof"), ".2f"),
+    "MiB": lambda r: _number(record.beyond_results(r), ".0f"),
+    "error": lambda r: _number(max((r.get("error") or {}).values(), default=None), ".1e"),
+    "contract": lambda r: (r.get("contract") or "").partition(":")[0],
+    "tokens/s": lambda r: _number(r.get("tokens_per_s"), ".0f"),
+    "loss off TRL's": lambda r: _number(r.get("loss_difference"), ".1e"),
+}
 
 
-def _row(r: Record) -> tuple[str, ...]:
-    scaled = r["suite"] == "scaling"
-    name = f"{r['suite']} N {r['shape'][0]} V {r['shape'][2]}" if scaled else r["suite"]
-    error = max((r.get("error") or {}).values(), default=None)
-    contract = (r.get("contract") or "").partition(":")[0]
-    own = (_number(r["tokens_per_s"], ".0f"),) if "tokens_per_s" in r else ()
-    return (
-        name, r["dtype"], r["pass"], r["provider"], _milliseconds(r["p50_s"]),
-        f"{_milliseconds(r['p20_s'])}-{_milliseconds(r['p80_s'])}", _number(r.get("ratio"), ".2f"),
-        _number(r.get("of_roof"), ".2f"), _number(r.get("peak_extra_mib"), ".0f"), _number(error, ".1e"), contract,
-        *own,
-    )  # fmt: skip
+def _rows(records: Sequence[Record], sized: bool) -> list[Row]:
+    """Names of the columns, then a row for each timed record; columns without a figure are left out."""
+    timed = [r for r in records if "p50_s" in r]
+    columns = {"shape": size, **COLUMNS} if sized else dict(COLUMNS)
+    if all(r["suite"] == "trainer" for r in records):
+        columns = {"x TRL" if name == "x torch" else name: cell for name, cell in columns.items()}
+    rows = [tuple(columns), *(tuple(cell(r) for cell in columns.values()) for r in timed)]
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows[1:])]
+    return [tuple(row[i] for i in kept) for row in rows] if timed else []
 
 
 SUMMARY_COLUMNS = (
-    "suite", "N, D, V", "dtype", "pass", "ours ms", "fastest peer", "its ms", "ours / its", "of roof", "ours MiB",
+    "suite", "shape", "dtype", "pass", "fastest peer", "ours ms", "its ms", "ours / its", "of roof", "ours MiB",
     "its MiB",
 )  # fmt: skip
 
 
-def summaries(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Ours against the fastest peer of each case, whatever came out.
+def summaries(records: Sequence[Record]) -> list[Row]:
+    """Ours against the fastest peer of each case of a machine, whatever came out.
 
-    Ours is what impl="auto" runs. MiB: peak beyond inputs and results. A peer that does not meet the contract counts.
+    Ours is what impl="auto" runs. A peer that does not meet the contract counts. The scaling suite, which has one peer
+    for comparison and not the fastest, is left to its own table and picture.
     """
     groups: dict[tuple, list[Record]] = {}
     for r in records:
-        if "p50_s" in r and r["provider"] not in ROOF_NAMES:
-            groups.setdefault((r["device"], r["suite"], *r["shape"], r["dtype"], r["pass"]), []).append(r)
+        if "p50_s" in r and r["provider"] not in ROOF_NAMES and r["suite"] != "scaling":
+            key = (r["suite"], r["model"], *r["shape"], r["dtype"], r["pass"])
+            groups.setdefault(key, []).append(r)
     rows = []
-    for (_, suite, *shape, dtype, kind), group in groups.items():
+    for group in groups.values():
         ours = next((r for r in group if r["provider"] == "prefkern"), None)
         peers = [r for r in group if not r["ours"]]
         if ours is None or not peers:
             continue
         best = min(peers, key=lambda r: r["p50_s"])
         rows.append((
-            suite, ", ".join(map(str, shape)), dtype, kind, _milliseconds(ours["p50_s"]), best["provider"],
+            ours["suite"], size(ours), ours["dtype"], ours["pass"], best["provider"], _milliseconds(ours["p50_s"]),
             _milliseconds(best["p50_s"]), f"{ours['p50_s'] / best['p50_s']:.2f}", _number(ours.get("of_roof"), ".2f"),
-            _beyond_outputs(ours), _beyond_outputs(best),
+            _number(record.beyond_results(ours), ".0f"), _number(record.beyond_results(best), ".0f"),
         ))  # fmt: skip
     return rows
-
-
-ROOF_NAMES = ("matmul", "onednn", "copy")
-
-
-def _beyond_outputs(r: Record) -> str:
-    return _number(r["peak_extra_mib"] - r.get("outputs_mib", 0.0), ".0f") if r.get("peak_extra_mib") else ""
 
 
 def _milliseconds(seconds: float) -> str:
@@ -138,21 +178,24 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _table(title: str, rows: Sequence[tuple[str, ...]], form) -> str:
-    return f"{title}\n\n{form(rows)}"
+def _table(title: str, rows: Sequence[Row], form: Callable[[Sequence[Row]], str], notes: Sequence[str] = ()) -> str:
+    return "\n\n".join([title, *([form(rows)] if rows else []), *(["\n".join(notes)] if notes else [])])
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def _aligned(rows: Sequence[Row]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [
-        "  ".join(cell.ljust(w) if i < NAMES else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        "  ".join(
+            cell.ljust(width) if name in NAMES else cell.rjust(width)
+            for name, cell, width in zip(rows[0], row, widths, strict=True)
+        ).rstrip()
         for row in rows
     ]
-    return "\n".join([cells[0], "-" * len(cells[0]), *(line.rstrip() for line in cells[1:])])
+    return "\n".join([cells[0], "-" * max(map(len, cells)), *cells[1:]])
 
 
-def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
-    rule = ["---" if i < NAMES else "---:" for i in range(len(rows[0]))]
+def _markdown(rows: Sequence[Row]) -> str:
+    rule = ["---" if name in NAMES else "---:" for name in rows[0]]
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
@@ -162,20 +205,28 @@ def write_readme(path: Path, records: Sequence[Record]) -> None:
     _, end, after = rest.partition(END)
     if not end:
         raise ValueError(f"{path} lacks the markers {BEGIN} and {END}")
-    path.write_text(f"{before}{begin}\n{markdown(records)}\n{end}{after}")
+    path.write_text(f"{before}{begin}\n{markdown(records, IN_README)}\n{end}{after}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", type=Path, nargs="+", help="JSON lines; of two of the same case the last one counts")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
+    parser.add_argument("files", type=Path, nargs="*", help="JSON lines; of two runs of a case the later one counts")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--readme", type=Path, help="write the tables between the markers of this file")
+    parser.add_argument("--tables", type=Path, help="Markdown file to write every table to")
     parser.add_argument("--plots", type=Path, help="folder for the pictures")
     args = parser.parse_args()
-    records = record.read(args.files)
+    try:
+        records = record.read(args.files or record.measurements())
+        if not records:
+            raise ValueError(f"no measurements in {record.RESULTS}: make some by `python -m bench`")
+        if args.readme:
+            write_readme(args.readme, records)
+    except ValueError as error:
+        parser.error(str(error))
     print(markdown(records) if args.markdown else text(records))
-    if args.readme:
-        write_readme(args.readme, records)
+    if args.tables:
+        args.tables.write_text(f"# Measured\n\n{markdown(records)}\n")
     if args.plots:
         from bench import plots
 

@@ -125,7 +125,7 @@ def test_memory_of_a_fresh_process_holds_the_logits_of_plain_torch(tmp_path):
     case = fresh.Case("head", BASELINE, "fp32", "forward", Shape(1024, 8, 16_384))
     suite = SUITES["head"]
     torch.save(suite.truth(suite.inputs(case.shape, case.dtype)), tmp_path / "truth.pt")
-    found = fresh.measure(case, tmp_path / "truth.pt")
+    found = fresh.in_a_process(fresh.measure, case, tmp_path / "truth.pt")
     assert 120 < found.peak_extra_mib < 200
     assert found.outputs_mib == 1024 * 4 / 2**20
     assert fresh.verdict(case, found, found) == "met"
@@ -138,7 +138,7 @@ def test_more_rows_than_are_checked_are_measured(tmp_path, monkeypatch):
     inputs = suite.inputs(suite.checked(case.shape), case.dtype)
     assert len(inputs.labels_N) == 32
     torch.save(suite.truth(inputs), tmp_path / "truth.pt")
-    found = fresh.main(case, tmp_path / "truth.pt")
+    found = fresh.measure(case, tmp_path / "truth.pt")
     assert found.outputs_mib == pytest.approx((48 * 16 + 48) * 4 / 2**20)
     assert max(found.error.values()) < 1e-6
 
@@ -171,7 +171,8 @@ def test_cases_follow_the_options(monkeypatch):
     assert ours == {(shape.n, shape.v) for shape in shapes.scaling_shapes()}
     peers = [case for case in found if case.provider == "cross_entropy"]
     assert {case.kind for case in peers} == {"frozen"} and max(case.shape.n for case in peers) == 4096
-    assert ("matmul", 8192) in {(case.provider, case.shape.n) for case in found}
+    roofs = {(case.shape.n, case.kind) for case in found if case.provider == "matmul"}
+    assert roofs == {(n, kind) for n in shapes.SCALING_N for kind in ("forward", "frozen", "trained")}
 
 
 def test_what_does_not_fit_is_left_out_and_said_to_be(monkeypatch, tmp_path):
@@ -190,15 +191,19 @@ def test_what_does_not_fit_is_left_out_and_said_to_be(monkeypatch, tmp_path):
 
 
 def test_unknown_names_are_errors():
-    parse = conftest._listed(SUITES)
+    parse = conftest.listed(SUITES)
     assert parse("head,dpo") == ["head", "dpo"]
     with pytest.raises(ArgumentTypeError, match="unknown hade; known are head, dpo"):
         parse("hade")
+    assert conftest.shape("8,4,100") == Shape(8, 4, 100)
+    for text in ("8,4", "8,4,x", "8,4,100,2"):
+        with pytest.raises(ArgumentTypeError, match=f"'{text}' should be three numbers: N,D,V"):
+            conftest.shape(text)
 
 
 def fake(provider: str, seconds: list[float], kind="frozen", suite="head", shape=TINY, dtype="bf16", **more):
     return {
-        "device": "a machine", "threads": 2, "versions": {"torch": "2", "trl": None},
+        "device": "a machine", "threads": 2, "versions": {"torch": "2", "trl": None}, "date": "2026-01-01T00:00:00",
         **record.case_record(suite, shape, dtype, kind, provider), **record.percentiles(seconds), "times_s": seconds,
         "peak_extra_mib": 9.0, "outputs_mib": 2.0, "error": {"logps": 1e-3}, "contract": "met", **more,
     }  # fmt: skip
@@ -227,11 +232,56 @@ def test_percentiles_interpolate():
     assert (found["p20_s"], found["p50_s"], found["p80_s"]) == (2.0, 3.5, 5.0)
 
 
-def test_later_lines_replace_earlier_ones(tmp_path):
-    record.write(tmp_path / "a.jsonl", [fake("trl", [1.0]), fake("prefkern", [1.0])])
-    record.write(tmp_path / "b.jsonl", [fake("trl", [2.0])])
-    found = record.read([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
-    assert sorted((r["provider"], r["p50_s"]) for r in found) == [("prefkern", 1.0), ("trl", 2.0)]
+def test_providers_of_a_case_are_of_one_run_the_latest(tmp_path):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    other = fake("trl", [5.0], "trained")
+    record.write(a, [fake("trl", [1.0]), fake("prefkern", [1.0]), fake("prefkern", [1.5]), other])
+    record.write(b, [fake("prefkern", [2.0], date="2026-01-02T00:00:00")])
+    for order in ([a, b], [b, a]):
+        found = sorted((r["provider"], r["pass"], r["p50_s"]) for r in record.read(order))
+        assert found == [("prefkern", "frozen", 2.0), ("trl", "trained", 5.0)], "nothing is compared across runs"
+    assert sorted(r["p50_s"] for r in record.read([a])) == [1.0, 1.5, 5.0], "of a run the last line of a provider"
+
+
+def test_files_of_something_else_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "other.jsonl").write_text('{"kernel": "row_softmax"}\n')
+    with pytest.raises(ValueError, match="other.jsonl: no measurements as"):
+        record.read([tmp_path / "other.jsonl"])
+    with pytest.raises(ValueError, match="is not there"):
+        record.read([tmp_path / "gone.jsonl"])
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["report"])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert f"no measurements in {tmp_path}: make some by `python -m bench`" in capsys.readouterr().err
+    record.write(tmp_path / "own.jsonl", [fake("prefkern", [1.0])])
+    assert record.measurements() == [tmp_path / "own.jsonl"]
+    report.main()
+    assert "prefkern" in capsys.readouterr().out
+
+
+def test_committed_results_can_be_read():
+    others = {path.name for path in record.RESULTS.glob("*.jsonl")} - {path.name for path in record.measurements()}
+    assert others == {"aot.jsonl"}
+    record.read(record.measurements())
+
+
+def test_what_failed_while_it_was_timed_is_left_out():
+    case = {"case": ["head", list(TINY), "bf16", "frozen", "trl"], "measured": {"contract": "met"}}
+    ours = {"case": ["head", list(TINY), "bf16", "frozen", "prefkern"], "measured": {"contract": "met"}}
+    rounds = [{"extra_info": info, "stats": {"median": 1.0}} for info in (case, ours, ours)]
+    gone = {**record.case_record("head", TINY, "bf16", "frozen", "trl"), "left_out": "failed: RuntimeError: later"}
+    found = record.from_benchmark({"benchmarks": rounds}, json.loads(json.dumps([gone])))
+    assert [(r["provider"], r.get("p50_s"), r.get("left_out")) for r in found] == [
+        ("prefkern", 1.0, None), ("trl", None, "failed: RuntimeError: later")
+    ]  # fmt: skip
+    assert len(record.from_benchmark({"benchmarks": rounds})) == 2
+
+
+def test_memory_beyond_results_is_not_below_zero():
+    assert record.beyond_results({"peak_extra_mib": 5.0, "outputs_mib": 2.0}) == 3.0
+    assert record.beyond_results({"peak_extra_mib": 0.0, "outputs_mib": 2.0}) == 0.0, "gradients over the logits"
+    assert record.beyond_results({"peak_extra_mib": 5.0}) == 5.0 and record.beyond_results({}) is None
 
 
 def everything():
@@ -244,7 +294,8 @@ def everything():
     for shape in shapes.scaling_shapes():
         for provider in ("matmul", "cross_entropy", "prefkern"):
             records.append(fake(provider, [shape.ndv / 1e9], "frozen", "scaling", shape))
-    records.append(fake("prefkern", [1.0], "step", "trainer", tokens_per_s=123.4))
+    records.append(fake("prefkern", [1.0], "step", "trainer", tokens_per_s=123.4, loss_difference=2e-6,
+                        error=None, contract=None))  # fmt: skip
     gone = record.case_record("head", TINY, "bf16", "frozen", "liger")
     records = record.compare(records)
     return [*records, {**records[0], **gone, "left_out": "liger_kernel is not installed"} | {"p50_s": None}]
@@ -258,19 +309,59 @@ def test_report_as_text_and_markdown(tmp_path):
     records = without_time(everything())
     lines = report.text(records).splitlines()
     assert any(line.startswith("left out: liger (liger_kernel is not installed)") for line in lines)
-    found = next(line.split() for line in lines if line.startswith("dpo ") and "frozen   prefkern" in line)
-    assert found == ["dpo", "bf16", "frozen", "prefkern", "2500", "2500-2500", "0.28", "0.80", "9", "1.0e-03", "met"]
-    assert any("123" in line and "trainer" in line for line in lines)
+    title = next(i for i, line in enumerate(lines) if line.startswith("From hidden states to a DPO loss"))
+    assert lines[title].endswith("N 48, D 16, V 700; a machine, 2 threads; torch 2")
+    found = next(line.split() for line in lines[title:] if "frozen   prefkern" in line)
+    assert found == ["bf16", "frozen", "prefkern", "2500", "2500-2500", "0.28", "0.80", "7", "1.0e-03", "met"]
+    many = [line for line in lines if line.startswith("N 8192, D 1024, V 128256") and " prefkern " in line]
+    assert len(many) == 1, "a table of several shapes says which"
+    trainer = next(i for i, line in enumerate(lines) if line.startswith("A whole training step"))
+    columns = ["dtype", "pass", "provider", "p50", "ms", "p20-p80", "ms", "MiB", "tokens/s", "loss", "off", "TRL's"]
+    assert lines[trainer + 2].split() == columns and lines[trainer + 4].split()[-2:] == ["123", "2.0e-06"]
     rows = report.summaries(records)
-    assert ("dpo", "48, 16, 700", "bf16", "frozen", "2500", "trl", "7000", "0.36", "0.80", "7", "7") in rows
+    assert ("dpo", "N 48, D 16, V 700", "bf16", "frozen", "trl", "2500", "7000", "0.36", "0.80", "7", "7") in rows
+    assert all(row[0] != "scaling" for row in rows)
     table = [line for line in report.markdown(records).splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in table)
+
+
+def test_models_are_rows_of_one_table_and_what_did_not_run_is_told():
+    small, large = (shapes.MODELS["qwen3-0.6b"]._replace(model="qwen3-0.6b", n=n) for n in (512, 131_072))
+    timed = record.compare([fake(p, [s], suite="models", shape=small) for p, s in (("torch", 1.0), ("prefkern", 2.0))])
+    origin = {key: timed[0][key] for key in ("device", "threads", "versions", "date")}
+    gone = [
+        {**origin, **record.case_record("models", shape, "bf16", "frozen", provider), "left_out": why}
+        for shape, provider, why in (
+            (large, "torch", "needs 99 GiB"), (large, "prefkern", "would take 99 s"), (small, "cce", "does not run"),
+            (large, "cce", "does not run"), (large, "", "cut: out of time"),
+        )
+    ]  # fmt: skip
+    words = report.text([*timed, *gone])
+    assert "qwen3-0.6b, N 512  bf16   frozen  prefkern" in words
+    for line in (
+        "left out: torch (needs 99 GiB), at qwen3-0.6b, N 131072 bf16 frozen",
+        "left out: prefkern (would take 99 s), at qwen3-0.6b, N 131072 bf16 frozen",
+        "left out: cce (does not run)",
+        "left out: all others (cut: out of time), at qwen3-0.6b, N 131072 bf16 frozen",
+    ):
+        assert line in words.splitlines(), line
+    [row] = report.summaries([*timed, *gone])
+    assert row[:2] == ("models", "qwen3-0.6b, N 512") and "2.00" in row, "a loss is told like a gain"
+    nothing = report.text(gone)
+    assert "Heads of real models" in nothing and "would take 99 s" in nothing, "also where nothing ran"
+
+
+def test_readme_gets_the_summary_and_the_tables_of_one_shape(tmp_path):
+    records = without_time(everything())
+    short = report.markdown(records, report.IN_README)
+    assert report.markdown(records).count("**") > short.count("**") and "**Against N" not in short
+    assert "**Ours against the fastest peer**: a machine, 2 threads" in short
 
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for _ in range(2):
         report.write_readme(readme, records)
-    assert readme.read_text() == f"before\n{report.BEGIN}\n{report.markdown(records)}\n{report.END}\nafter\n"
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{short}\n{report.END}\nafter\n"
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the markers"):
         report.write_readme(readme, records)
@@ -285,7 +376,9 @@ def test_pictures_are_drawn(tmp_path):
         for v in (32_768, 262_144)
     ]
     drawn = plots.draw(without_time(everything()) + logits, tmp_path)
-    assert [path.name for path in drawn] == ["a-machine-scaling.png", "a-machine-roof.png", "a-machine-logits.png"]
+    assert [path.name for path in drawn] == [
+        "a-machine-scaling-bf16.png", "a-machine-roof.png", "a-machine-logits.png"
+    ]  # fmt: skip
     assert all(path.stat().st_size > 10_000 for path in drawn)
     assert plots.draw([], tmp_path) == []
 
@@ -325,6 +418,29 @@ def test_the_command_measures_and_reports(monkeypatch, tmp_path, capsys):
         assert found["head", "bf16", "forward", "linear_ce"]["contract"].startswith("not met")
 
 
+@pytest.mark.skipif(shapes.DEVICE.type != "cpu", reason="on a GPU it can be timed")
+def test_the_command_tells_where_nothing_could_be_timed(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    asked = ["bench", "--no-gate", "--suite", "tail", "--providers", "prefkern_eager", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", [*asked, "--out", str(out)])
+    assert bench_main.main() == 1
+    assert "nothing was timed\n  left out: prefkern_eager (does not run on cpu)" in capsys.readouterr().out
+    assert [r["left_out"] for r in record.lines(out)] == ["does not run on cpu"] * 2
+
+
+def test_trainers_that_disagree_take_no_other_figures_with_them(monkeypatch, tmp_path, capsys):
+    def disagree():
+        raise AssertionError("step 1: our loss is 1, TRL's 2")
+
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(bench_main, "suites", lambda folder, options: [fake("prefkern", [1.0])])
+    monkeypatch.setattr(trainer_step, "compare_trainers", disagree)
+    monkeypatch.setattr("sys.argv", ["bench", "--no-gate", "--suite", "head,trainer", "--out", str(out)])
+    assert bench_main.main() == 1
+    assert "no figures of the trainers: step 1: our loss is 1, TRL's 2" in capsys.readouterr().out
+    assert [r["provider"] for r in record.lines(out)] == ["prefkern"]
+
+
 def steps(losses) -> trainer_step.Steps:
     return trainer_step.Steps(losses, [9.0, 1.0, 2.0], [10, 20, 40], 5.0)
 
@@ -332,8 +448,29 @@ def steps(losses) -> trainer_step.Steps:
 def test_trainers_are_compared_where_their_losses_agree():
     theirs, ours = trainer_step.records({"trl": [steps([1.0] * 3)], "prefkern": [steps([1.00005] * 3)]}, TINY)
     assert theirs["tokens_per_s"] == 20 and theirs["ratio"] == 1.0 and ours["rounds"] == 2
+    assert ours["loss_difference"] == pytest.approx(5e-5) and theirs["loss_difference"] == 0
     with pytest.raises(AssertionError, match="step 2: our loss is 1.1, TRL's 1.0"):
         trainer_step.records({"trl": [steps([1.0] * 3)], "prefkern": [steps([1.0, 1.0, 1.1])]}, TINY)
+
+
+def test_times_of_steps_do_not_overlap(monkeypatch):
+    """Whole loops collate a batch ahead; the steps' times still add up to the loop's."""
+    clock = iter(range(100))
+    monkeypatch.setattr(trainer_step.time, "perf_counter", lambda: float(next(clock)))
+    callbacks, seen = [], {"losses": [], "seconds": [], "tokens": []}
+    trainer = types.SimpleNamespace(
+        training_step=lambda batch: torch.tensor(float(len(batch))), data_collator=list, add_callback=callbacks.append
+    )
+    trainer_step.watch(trainer, seen)
+    row = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
+    [callback] = callbacks
+    callback.on_train_begin()
+    batches = [trainer.data_collator([row])]
+    for _ in range(2):
+        batches.append(trainer.data_collator([row, row]))
+        trainer.training_step(batches.pop(0))
+        callback.on_step_end()
+    assert seen == {"losses": [1.0, 2.0], "seconds": [1.0, 1.0], "tokens": [7, 14, 14]}
 
 
 @pytest.mark.slow
@@ -393,7 +530,8 @@ def test_meter_leaves_out_what_does_not_fit(meter, monkeypatch):
 
 def test_no_time_means_cut_and_said(tmp_path, capsys):
     out, block = tmp_path / "out.jsonl", gpu.Block("logits", ("forward", "backward"), large=((8, 1, 300),))
-    assert gpu.run_block(block, deadline=0.0, out=out, dry_run=False) == 0
+    assert gpu.run_block(block, deadline=0.0, out=out, dry_run=False, date="today") == 0
+    assert {r["date"] for r in record.lines(out)} == {"today"}
     assert [r["left_out"] for r in record.lines(out)] == ["cut: out of time"] * 2
     assert "cut: D1-V300-N8 backward" in capsys.readouterr().out
 
