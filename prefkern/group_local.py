@@ -15,29 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefkern.chunked import Gradients, raw_logits
-from prefkern.head import Head, RowStats
+from prefkern.chunked import Gradients
+from prefkern.head import Head, Operands, RowStats
 from prefkern.planner import Plan
 from prefkern.products import add_product, product, product_into
 from prefkern.reference import accumulator
 from prefkern.token_logps import first_order_only
 
 _PIECE = 1 << 23  # elements scaled at a time where that takes an fp32 copy
-
-
-class Operands(NamedTuple):
-    """What the logits are made of: hidden @ weight.T + low @ low_weight.T + bias."""
-
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None = None  # (V,)
-    low: Tensor | None = None  # (N, R)
-    low_weight: Tensor | None = None  # (V, R)
 
 
 @torch.no_grad()
@@ -68,11 +57,11 @@ def walk(
         for x, needed in ((weight, needs.weight), (low_weight, needs.low_weight))
     )
     dbias = torch.zeros_like(bias, dtype=accumulator(hidden.dtype)) if needs.bias else None
-    scratch = hidden.new_empty(max(chunk.stop - chunk.start for chunk in chunks), weight.shape[0])
+    scratch = hidden.new_empty(max(chunk.stop - chunk.start for chunk in chunks) * weight.shape[0])
     parts = []
     for number, chunk in enumerate(chunks):
         labels, own, own_low = labels_N[chunk], hidden[chunk], None if low is None else low[chunk]
-        logits = raw_logits(own, weight, own_low, low_weight, out=scratch[: chunk.stop - chunk.start])
+        logits = operands.logits(chunk, scratch=scratch)
         stats = rows.row_softmax_forward(logits, labels, head, bias_V=bias, **want)
         g = upstream(number, stats)
         dlogits = rows.row_softmax_backward(logits, labels, stats.lse, g, head, bias_V=bias, out=logits)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern.products import product
+
 IGNORE_INDEX = -100
 
 
@@ -73,6 +75,28 @@ class LoRA(NamedTuple):
             raise ValueError(f"lora is on {self.a.device} and {self.b.device}, but the head on {weight_VD.device}")
         low_NR = F.linear(x.to(self.a.dtype), self.a) * self.scale
         return low_NR.to(hidden_ND.dtype), self.b.to(hidden_ND.dtype)
+
+
+class Operands(NamedTuple):
+    """What raw logits are made of: hidden @ weight.T + low @ low_weight.T, and a bias that whoever reads them adds."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    low: Tensor | None = None  # (N, R), of an adapter
+    low_weight: Tensor | None = None  # (V, R)
+
+    def logits(self, rows: slice, part: slice = slice(None), scratch: Tensor | None = None) -> Tensor:
+        """(rows, part) of the raw logits without the bias, in hidden's dtype.
+
+        Args:
+            scratch: memory of at least as many elements, 1-D and of hidden's dtype, that may be used for them.
+        """
+        hidden, weight = self.hidden[rows], self.weight[part]
+        shape = hidden.shape[0], weight.shape[0]
+        out = None if scratch is None else scratch[: shape[0] * shape[1]].view(shape)
+        logits = product(hidden, weight.t(), out)
+        return logits if self.low is None else logits.addmm_(self.low[rows], self.low_weight[part].t())
 
 
 class RowStats(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prefkern import checks, preference_tail, reference
 from prefkern import rows as torch_rows
-from prefkern.head import Head, RowStats
+from prefkern.head import Head, Operands, RowStats
 from prefkern.layout import Layout
 from prefkern.losses.base import Loss
 from prefkern.planner import FROZEN, plan
@@ -68,7 +68,7 @@ def token_logps(
     """
     call = _call(hidden, weight, low, softcap, logit_scale, temperature, ignore_index, want, impl, workspace_bytes,
                  filter_eps, needs)  # fmt: skip
-    stats, ref_logps, units = _head_forward(hidden, weight, bias, low, low_weight, ref_hidden, labels, call)
+    stats, ref_logps, units = _head_forward(Operands(hidden, weight, bias, low, low_weight), ref_hidden, labels, call)
     return tuple(_fresh(x, hidden) for x in (*stats, ref_logps, *units))
 
 
@@ -86,7 +86,7 @@ def _call(hidden, weight, low, softcap, logit_scale, temperature, ignore_index, 
         (hidden.shape[0], hidden.shape[1], weight.shape[0]), hidden.dtype, hidden.device,
         grad_hidden=needs[0], grad_head=needs[1] or needs[2], grad_weight=needs[1],
         rank=0 if low is None else low.shape[1], grad_low=(needs[3], needs[4]), impl=impl,
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=workspace_bytes, keep_logits=False,
     )  # fmt: skip
     head = Head(softcap, logit_scale, temperature, ignore_index)
     rows = torch_rows.implementation(hidden.device, hidden.dtype)
@@ -156,7 +156,7 @@ def token_logps_backward(
     """Gradients of hidden, weight, bias, low and low_weight, as `needs` says, from dL/dlogps and dL/dentropy."""
     call = _call(hidden, weight, low, softcap, logit_scale, temperature, ignore_index, want, impl, workspace_bytes,
                  filter_eps, needs)  # fmt: skip
-    operands = hidden, weight, bias, low, low_weight
+    operands = Operands(hidden, weight, bias, low, low_weight)
     grads = _head_gradient(call, operands, labels, lse, entropy, grad_logps, grad_entropy, tuple(needs))
     return tuple(_fresh(g, hidden) for g in grads)
 

@@ -56,7 +56,8 @@ GROUP_LOCAL_ADAPTER = Row(
 )  # fmt: skip
 RECOMPUTE = Row(
     "recompute", "chunked", "weight needs a gradient",
-    "backward walks the vocabulary in slices: logits again, gradient in place, a product each for dhidden and dweight",
+    "forward leaves the logits of up to D rows where dweight will be; backward walks the vocabulary in slices: logits"
+    " of the other rows again, gradient in place, a product each for dhidden and dweight",
     2, 6, "N*D in fp32 + V*D for dweight + workspace",
 )  # fmt: skip
 RECOMPUTE_ADAPTER = Row(
@@ -128,6 +129,7 @@ class Plan:
     rank: int = 0  # of the adapter on the head
     grad_low: tuple[bool, bool] = (False, False)  # of its two sides: rows (N, rank), vocabulary (V, rank)
     device_type: str = "cpu"
+    kept_rows: int = 0  # whose logits forward leaves in the memory of dweight, and backward does not compute again
 
     @property
     def flops(self) -> int:
@@ -135,11 +137,11 @@ class Plan:
         n, d, v = self.shape
         passes = self.row.flops - 2 * (self._has_backward and not self.grad_hidden)
         low = self.logits_passes + sum(self.grad_low)
-        return (passes * d + 2 * low * self.rank) * n * v
+        return (passes * d + 2 * low * self.rank) * n * v - 2 * self.kept_rows * (d + self.rank) * v
 
     @property
     def logits_passes(self) -> int:
-        """How often every logit is computed."""
+        """How often a logit is computed, unless its row is kept."""
         return 2 if self.row in (RECOMPUTE, RECOMPUTE_ADAPTER, CUT_FROZEN, CUT_TRAINED) else 1
 
     @property
@@ -155,6 +157,9 @@ class Plan:
         moved = products * (n * d + v * d + n * v) + low * (n * self.rank + v * self.rank + n * v)
         if self.row.body == "cut":  # forward leaves nothing, and an adapter's share joins in registers
             moved -= n * v * (1 + (self.logits_passes if self.rank else 0))
+        if self.kept_rows:
+            for inner in (d, self.rank) if self.rank else (d,):
+                moved -= self.kept_rows * (inner + v) + (v * inner if self.kept_rows == n else 0)
         return self.itemsize * moved
 
     @property
@@ -206,6 +211,7 @@ def plan(
     group_rows: int | None = None,
     impl: str = "auto",
     workspace_bytes: int | None = None,
+    keep_logits: bool = True,
 ) -> Plan:
     """Choose a row of the table.
 
@@ -219,6 +225,7 @@ def plan(
         group_rows: rows of the largest group, where the loss is known and local to groups; None: it is not.
         impl: "auto", or the name of a body.
         workspace_bytes: bytes for a block of logits; None: `default_workspace(device)`.
+        keep_logits: whether dweight's memory may hold logits from forward on; not where backward has to make it.
     Raises:
         ValueError: unknown impl, or workspace_bytes below 1.
         RuntimeError: impl="cut" where Triton cannot run.
@@ -243,8 +250,11 @@ def plan(
         if impl != "auto"
         else "fewest FLOPs of the table; row work by " + ("Triton" if uses_triton(device, dtype) else "torch")
     )
-    chosen = Plan(row, shape, workspace, dtype.itemsize, "", grad_hidden, rank, grad_low, device.type)
-    if group_rows is not None and row in LOCAL:
+    kept = _rows_that_fit_dweight(shape) if row is RECOMPUTE and keep_logits else 0
+    chosen = Plan(row, shape, workspace, dtype.itemsize, "", grad_hidden, rank, grad_low, device.type, kept)
+    if kept:
+        how += f"; the logits of {kept} of {shape[0]} rows fit dweight's memory"
+    if group_rows is not None and row in LOCAL and not kept == shape[0] > 0:
         rows, least = chosen.rows_per_chunk, _LOCAL_ROWS.get(device.type, _LOCAL_ROWS_ON_DEVICE)
         if dtype == torch.float16:
             how += "; fp16 gradients are rounded after the loss is scaled, so not with its value"
@@ -253,8 +263,13 @@ def plan(
         elif grad_weight and rows < min(shape[0], least):
             how += f"; chunks of {rows} rows are too small to add to dweight for each ({least} are not)"
         else:
-            chosen, how = replace(chosen, row=LOCAL[row]), f"{how}; the loss is local to groups, which fit a chunk"
+            how = f"{how}; the loss is local to groups, which fit a chunk"
+            chosen = replace(chosen, row=LOCAL[row], kept_rows=0)
     return replace(chosen, reason=f"{needs}; {row.body} body: {how}")
+
+
+def _rows_that_fit_dweight(shape: tuple[int, int, int]) -> int:
+    return min(shape[:2])  # V logits each, in V x D numbers
 
 
 def explain(
@@ -264,6 +279,8 @@ def explain(
     options = {"grad_hidden": True, "grad_head": True, **options}
     p = plan((n, d, v), dtype, torch.device(device), **options)
     passes = f"{p.row.flops_forward}NDV forward + {p.row.flops_backward}NDV backward"
+    if p.kept_rows:
+        passes += f" - 2DV for each of {p.kept_rows} rows kept"
     if p.rank:
         passes += f" + adapter of rank {p.rank}"
     return (

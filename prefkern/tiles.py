@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefkern.head import Head, RowStats
+from prefkern.head import Head, Operands, RowStats
+from prefkern.kept_logits import KeptLogits
 from prefkern.planner import Plan
 from prefkern.products import product
 from prefkern.reference import accumulator
@@ -31,56 +31,35 @@ from prefkern.rows import pieces, slope_of, transformed
 
 
 def forward(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
+    operands: Operands,
     labels_N: Tensor,
     head: Head,
     plan: Plan,
     want: dict[str, bool],
     *,
     gradient: int,
-    low_NR: Tensor | None = None,
-    low_weight_VR: Tensor | None = None,
+    kept: KeptLogits | None = None,
 ) -> tuple[RowStats, Tensor | None, Tensor | None]:
     """Row statistics, and d logp_n / d hidden_n and d low_n of the first `gradient` rows, in hidden's dtype.
 
     Args:
-        hidden_ND, weight_VD, bias_V, labels_N, head, low_NR, low_weight_VR: as in `chunked.forward`.
+        operands, labels_N, head, gradient, kept: as in `chunked.forward`.
         want: the optional statistics, as keywords of `rows.row_softmax_forward`.
-        gradient: number of leading rows whose gradients are wanted, of what `plan` says needs one; 0 for none.
     """
-    n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
-    operands = _Operands(hidden_ND, weight_VD, bias_V, low_NR, low_weight_VR)
-    wide = accumulator(hidden_ND.dtype)
-    sums = _Sums.fresh(n, vocab, head, want, wide, hidden_ND.device)
+    hidden, vocab = operands.hidden, operands.weight.shape[0]
+    n, wide = hidden.shape[0], accumulator(hidden.dtype)
+    sums = _Sums.fresh(n, vocab, head, want, wide, hidden.device)
     units = [None, None]
     if gradient:
-        wanted = ((hidden_ND, plan.grad_hidden), (low_NR, plan.grad_low[0]))
+        wanted = ((hidden, plan.grad_hidden), (operands.low, plan.grad_low[0]))
         units = [x.new_empty((gradient, x.shape[1])) if wants else None for x, wants in wanted]
     rows, width = replace(plan, shape=(n, *plan.shape[1:])).tile  # whose N leaves out a reference's rows
     width = min(width, max(1, vocab))
-    scratch = hidden_ND.new_empty(min(rows, n) * width)
+    scratch = hidden.new_empty(min(rows, n) * width)
     for block in _slices(0, n, rows):
-        sums.walk(block, operands, labels_N, width, scratch, units if block.start < gradient else (None, None))
+        wanted = units if block.start < gradient else (None, None)
+        sums.walk(block, operands, labels_N, width, scratch, wanted, kept)
     return sums.stats(labels_N), units[0], units[1]
-
-
-class _Operands(NamedTuple):
-    """What the logits are made of: hidden @ weight.T + low @ low_weight.T + bias."""
-
-    hidden_ND: Tensor
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    low_NR: Tensor | None
-    low_weight_VR: Tensor | None
-
-    def raw_logits(self, block: slice, part: slice, scratch: Tensor) -> Tensor:
-        """A tile of them without the bias, in hidden's dtype; in `scratch` where the library writes there."""
-        hidden, weight = self.hidden_ND[block], self.weight_VD[part]
-        shape = hidden.shape[0], weight.shape[0]
-        tile = product(hidden, weight.t(), out=scratch[: shape[0] * shape[1]].view(shape))
-        return tile if self.low_NR is None else tile.addmm_(self.low_NR[block], self.low_weight_VR[part].t())
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -112,22 +91,23 @@ class _Sums:
     def walk(
         self,
         block: slice,
-        operands: _Operands,
+        operands: Operands,
         labels_N: Tensor,
         width: int,
         scratch: Tensor,
         units: Sequence[Tensor | None],
+        kept: KeptLogits | None,
     ) -> None:
         """All of the vocabulary for a block of rows; gradients of hidden and low of those that `units` has."""
-        labels, bias = labels_N[block], operands.bias_V
+        labels, bias = labels_N[block], operands.bias
         mine = {name: None if x is None else x[block] for name, x in self.columns.items()}
-        pairs = [
-            (unit[block], w) for unit, w in zip(units, (operands.weight_VD, operands.low_weight_VR)) if unit is not None
-        ]
+        pairs = [(unit[block], w) for unit, w in zip(units, (operands.weight, operands.low_weight)) if unit is not None]
         count = pairs[0][0].shape[0] if pairs else 0
         accs = [torch.zeros(unit.shape, dtype=mine["sum"].dtype, device=unit.device) for unit, _ in pairs]
         for part in _slices(0, self.vocab, width):
-            tile = operands.raw_logits(block, part, scratch)
+            tile = operands.logits(block, part, scratch)
+            if kept is not None:
+                kept.store(tile, block.start, part)
             own_bias = None if bias is None else bias[part]
             decay, gain = self._fold(tile, labels - part.start, own_bias, mine, count)
             for acc, (_, w) in zip(accs, pairs):

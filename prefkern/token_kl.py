@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prefkern import reference
 from prefkern.chunked import walk_vocabulary
-from prefkern.head import IGNORE_INDEX, Head
+from prefkern.head import IGNORE_INDEX, Head, Operands
 from prefkern.planner import Plan
 from prefkern.products import product, product_into
 from prefkern.rows import pieces, slope_of, transformed
@@ -180,15 +180,16 @@ def _backward(
     height, step = call.plan.slab
     ref_scratch = ref_hidden_NE.new_empty(min(n, height) * min(step, vocab))
 
-    def gradient(logits: Tensor, block: slice, part: slice) -> None:
-        out = ref_scratch[: logits.numel()].view(logits.shape)
-        ref_logits = product(ref_hidden_NE[block], ref_weight_VE[part].t(), out)
+    def gradient(logits: Tensor, block: slice, part: slice, out: Tensor) -> None:
+        ref_out = ref_scratch[: logits.numel()].view(logits.shape)
+        ref_logits = product(ref_hidden_NE[block], ref_weight_VE[part].t(), ref_out)
         own, other = (None if b is None else b[part] for b in (bias_V, ref_bias_V))
         for piece in pieces(logits):
             z, z_ref = transformed(logits[piece], head, own), transformed(ref_logits[piece], head, other)
             slope = slope_of(z, head)
             dz = z.sub_(lse[block][piece]).exp_().sub_(z_ref.sub_(ref_lse[block][piece]).exp_()).mul_(g[block][piece])
-            logits[piece] = dz if slope is None else dz.mul_(slope)
-        logits.masked_fill_(~valid_N[block, None], 0.0)  # 0 times a logit that is not finite is NaN
+            out[piece] = dz if slope is None else dz.mul_(slope)
+        out.masked_fill_(~valid_N[block, None], 0.0)  # 0 times a logit that is not finite is NaN
 
-    return tuple(walk_vocabulary(hidden_ND, weight_VD, bias_V, call.plan, gradient, needs)[:3])
+    operands = Operands(hidden_ND, weight_VD, bias_V)
+    return tuple(walk_vocabulary(operands, call.plan, gradient, (*needs, False, False))[:3])

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from prefkern import chunked, reference
 from prefkern import rows as torch_rows
-from prefkern.head import IGNORE_INDEX, Head, LoRA, RowStats
+from prefkern.head import IGNORE_INDEX, Head, LoRA, Operands, RowStats
+from prefkern.kept_logits import KeptLogits, memory_like
 from prefkern.planner import Plan, plan, require_triton
 
 OUTPUTS = ("entropy", "is_top1", "mean_logit", "lse", "log_collision")
@@ -229,18 +230,23 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, low, low_weight, ref_hidden, labels, call: HiddenCall):
-        stats, ref_logps, units = _head_forward(hidden, weight, bias, low, low_weight, ref_hidden, labels, call)
-        ctx.save_for_backward(hidden, weight, bias, low, low_weight, labels, stats.lse, stats.entropy, *units)
-        ctx.call = call
+        operands = Operands(hidden, weight, bias, low, low_weight)
+        memory = memory_like(weight) if call.plan.kept_rows else None
+        stats, ref_logps, units = _head_forward(operands, ref_hidden, labels, call, _kept(call, memory))
+        ctx.save_for_backward(*operands, labels, stats.lse, stats.entropy, *units, memory)
+        ctx.call, ctx.keeps = call, memory is not None
         _mark(ctx, stats, ref_logps)
         return *stats, ref_logps
 
     @staticmethod
     def backward(ctx, grad_logps, _lse, grad_entropy, *_):
-        *operands, labels, lse, entropy, unit, unit_low = ctx.saved_tensors
-        needs = tuple(ctx.needs_input_grad[:5])
+        *operands, labels, lse, entropy, unit, unit_low, memory = ctx.saved_tensors
+        operands, needs = Operands(*operands), tuple(ctx.needs_input_grad[:5])
         if grad_logps is None and grad_entropy is None:
             return (None,) * 8
+        # .data: autograd shall not mind that they are written over, which a second backward knows from `keeps`.
+        kept = _kept(ctx.call, memory.data) if ctx.keeps else None
+        ctx.keeps = ctx.keeps and not needs[1]
         with torch.no_grad():
             if (unit is not None or unit_low is not None) and grad_entropy is None:
                 scaled = (None if u is None else (u * grad_logps[:, None]).to(u.dtype) for u in (unit, unit_low))
@@ -248,49 +254,57 @@ class TokenLogps(torch.autograd.Function):
                 grads = dhidden, None, None, dlow, None
             else:
                 grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
-                grads = _head_gradient(ctx.call, operands, labels, lse, entropy, grad_logps, grad_entropy, needs)
+                grads = _head_gradient(ctx.call, operands, labels, lse, entropy, grad_logps, grad_entropy, needs, kept)
         return *first_order_only(tuple(grads), operands), None, None, None
 
 
-def _head_forward(hidden, weight, bias, low, low_weight, ref_hidden, labels, call: HiddenCall):
+def _kept(call: HiddenCall, memory: Tensor | None) -> KeptLogits | None:
+    return None if memory is None else KeptLogits(memory, call.plan.kept_rows, call.plan.slab[1])
+
+
+def _head_forward(operands: Operands, ref_hidden, labels, call: HiddenCall, kept: KeptLogits | None = None):
     """Row statistics, the reference's logps or None, and unit gradients of hidden and low where the head is frozen."""
-    n, rows = hidden.shape[0], hidden
+    n = operands.hidden.shape[0]
     if ref_hidden is not None:  # one pass over the weight for both; the reference has no adapter
-        rows, labels = torch.cat([hidden, ref_hidden]), torch.cat([labels, labels])
-        low = None if low is None else torch.cat([low, torch.zeros_like(low)])
-    adapter = {"low_NR": low, "low_weight_VR": low_weight}
+        low = None if operands.low is None else torch.cat([operands.low, torch.zeros_like(operands.low)])
+        operands = operands._replace(hidden=torch.cat([operands.hidden, ref_hidden]), low=low)
+        labels = torch.cat([labels, labels])
     units = None, None
     if call.plan.row.body == "cut":
         from prefkern.kernels import lm_head
 
-        stats = lm_head.lm_head_forward(rows, weight, labels, call.head, bias_V=bias, **adapter, **call.flags)
+        hidden, weight, bias, low, low_weight = operands
+        stats = lm_head.lm_head_forward(
+            hidden, weight, labels, call.head, bias_V=bias, low_NR=low, low_weight_VR=low_weight, **call.flags
+        )
     else:
         stats, *units = chunked.forward(
-            rows, weight, bias, labels, call.head, call.plan, call.flags,
-            gradient=n if call.plan.row.name == "frozen_head" else 0, rows=call.rows, **adapter,
+            operands, labels, call.head, call.plan, call.flags,
+            gradient=n if call.plan.row.name == "frozen_head" else 0, rows=call.rows, kept=kept,
         )  # fmt: skip
     if ref_hidden is None:
         return stats, None, units
     return RowStats(*(None if x is None else x[:n] for x in stats)), stats.logps[n:], units
 
 
-def _head_gradient(call: HiddenCall, operands, labels, lse, entropy, grad_logps, grad_entropy, needs):
-    hidden, weight, bias, low, low_weight = operands
-    adapter = {"low_NR": low, "low_weight_VR": low_weight}
+def _head_gradient(
+    call: HiddenCall, operands: Operands, labels, lse, entropy, grad_logps, grad_entropy, needs,
+    kept: KeptLogits | None = None,
+) -> chunked.Gradients | tuple[Tensor | None, ...]:  # fmt: skip
     if call.plan.row.body == "cut":
         from prefkern.kernels import lm_head
 
+        hidden, weight, bias, low, low_weight = operands
         return lm_head.lm_head_backward(
             hidden, weight, labels, lse, grad_logps, call.head,
             bias_V=bias, entropy_N=entropy, grad_entropy_N=grad_entropy, needs_hidden=needs[0], needs_weight=needs[1],
-            needs_bias=needs[2], needs_low=needs[3], needs_low_weight=needs[4],
-            workspace_bytes=call.plan.workspace_bytes, filter_eps=call.filter_eps, **adapter,
+            needs_bias=needs[2], needs_low=needs[3], needs_low_weight=needs[4], low_NR=low, low_weight_VR=low_weight,
+            workspace_bytes=call.plan.workspace_bytes, filter_eps=call.filter_eps,
         )  # fmt: skip
     stats = RowStats(lse, lse, entropy)
     return chunked.backward(
-        hidden, weight, bias, labels, call.head, call.plan, stats, grad_logps, grad_entropy,
-        needs=needs, rows=call.rows, **adapter,
-    )  # fmt: skip
+        operands, labels, call.head, call.plan, stats, grad_logps, grad_entropy, needs=needs, rows=call.rows, kept=kept
+    )
 
 
 class LogitsTokenLogps(torch.autograd.Function):

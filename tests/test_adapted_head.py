@@ -266,9 +266,9 @@ def test_one_pass_over_the_weight_serves_policy_and_reference(tmp_path, monkeypa
     run.model.train(training)
     rows, passes, forward = len(batch["labels"]), [], chunked.forward
 
-    def counted(hidden_ND, weight_VD, *args, **kwargs):
-        passes.append((weight_VD.data_ptr(), len(hidden_ND)))
-        return forward(hidden_ND, weight_VD, *args, **kwargs)
+    def counted(operands, *args, **kwargs):
+        passes.append((operands.weight.data_ptr(), len(operands.hidden)))
+        return forward(operands, *args, **kwargs)
 
     monkeypatch.setattr(chunked, "forward", counted)
     with torch.set_grad_enabled(training):

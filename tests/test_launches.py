@@ -104,7 +104,7 @@ def test_from_logits_one_launch_each_way(name, options, outputs, launches):
 @pytest.mark.parametrize(
     "name, options, tails",
     [
-        ("dpo", {"wpo": True}, 1),  # weighs tokens by what a row's statistics say
+        ("dpo", {"wpo": True}, 1),  # weighs pairs by what their rows' statistics say
         ("dpo", {"nll_weight": 0.1}, 2),  # has two addends
     ],
     ids=["weights from the rows", "two addends"],
@@ -158,12 +158,13 @@ def test_cut_body_with_a_filter(train_head, launches):
 
 
 def chunks(hidden: torch.Tensor, grad_hidden: bool, grad_head: bool, workspace: int) -> tuple[int, int]:
-    """Chunks of rows in forward, tiles of the walk over the vocabulary in backward."""
+    """Chunks of rows in forward; tiles of the walk over the vocabulary, where logits kept have a launch of their own."""
     plan = planner.plan(
         (N, D, V), hidden.dtype, hidden.device, grad_hidden=grad_hidden, grad_head=grad_head, workspace_bytes=workspace
     )
     height, width = plan.slab
-    return math.ceil(N / plan.rows_per_chunk), math.ceil(N / height) * math.ceil(V / width)
+    tiles = math.ceil(plan.kept_rows / height) + math.ceil((N - plan.kept_rows) / height)
+    return math.ceil(N / plan.rows_per_chunk), tiles * math.ceil(V / width)
 
 
 @pytest.mark.parametrize("rows_at_once", [N, 16, 5])

@@ -14,7 +14,7 @@ from prefkern import planner
 from prefkern.kernels import lm_head
 from prefkern.kernels.tuning import HeadConfig
 
-N, D, V, R = 64, 64, 640, 16  # whole tiles of the interpreted kernels: a tile that is padded multiplies zeros too
+N, D, V, R = 64, 32, 640, 16  # whole tiles of the interpreted kernels: a tile that is padded multiplies zeros too
 WORKSPACE = 64 * 256 * 4  # fewer logits than there are, in the walks that take parts
 LAYOUT = pk.Layout.pairs([16, 8], [10, 30])
 
@@ -132,7 +132,7 @@ def moved_bytes(products: list[tuple[int, int, int]], itemsize: int) -> int:
 @pytest.mark.parametrize("row, needs, products", [
     (planner.NO_GRAD, "", [(N, D, V)]),
     (planner.FROZEN, "h", [(N, D, V), (N, V, D)]),
-    (planner.RECOMPUTE, "hw", [(N, D, V)] * 2 + [(N, V, D), (V, N, D)]),
+    (planner.RECOMPUTE, "hw", [(N, D, V), (N - D, D, V), (N, V, D), (V, N, D)]),
     (planner.GROUP_LOCAL, "hw", [(N, D, V), (N, V, D), (V, N, D)]),
     (planner.EAGER_TRAINED, "hw", [(N, D, V), (N, V, D), (V, N, D)]),
 ], ids=lambda x: getattr(x, "name", None))  # fmt: skip
@@ -142,3 +142,14 @@ def test_bytes_are_those_of_the_products(row, needs, products):
         impl=row.body, group_rows=40 if row is planner.GROUP_LOCAL else None,
     )  # fmt: skip
     assert plan.row is row and plan.bytes == moved_bytes(products, 4)
+
+
+def test_a_head_that_trains_on_few_rows_costs_what_plain_autograd_does():
+    """Up to D rows: 6NDV, whatever the loss; then the sum of a loss's groups in fp32 buys nothing."""
+    for n, kept, local in ((D, D, planner.RECOMPUTE), (D + 1, D, planner.GROUP_LOCAL)):
+        options = {"grad_hidden": True, "grad_head": True}
+        plan = planner.plan((n, D, V), torch.float32, torch.device(DEVICE), **options)
+        assert plan.kept_rows == kept and plan.flops == (6 * n + 2 * (n - kept)) * D * V
+        assert planner.plan((n, D, V), torch.float32, torch.device(DEVICE), group_rows=n, **options).row is local
+        again = planner.plan((n, D, V), torch.float32, torch.device(DEVICE), keep_logits=False, **options)
+        assert again.kept_rows == 0 and again.flops == 8 * n * D * V

@@ -110,7 +110,8 @@ def test_flops_are_those_of_the_table(needs, row):
     n, d, v = 64, 32, 300
     with CountFlops() as counted:
         run(make(n, d, v, bias=False), needs, "chunked", entropy=False, workspace_bytes=50_000)
-    assert counted.flops == row.flops * n * d * v
+    again = 0 if row is not planner.RECOMPUTE else d  # rows whose logits dweight's memory holds
+    assert counted.flops == row.flops * n * d * v - 2 * again * d * v
 
 
 class CountFlops(TorchDispatchMode):
