@@ -123,8 +123,10 @@ def tensors(case: Case, seed: int) -> dict[str, Tensor | None]:
 
     view = VIEWS[case.view]
     weight = draw(v, d, size=case.spread / d**0.5)
-    if case.view != "expanded" or case.dtype in (FP32, FP64):  # V equal rows in 16 bits: one rounding V times over
+    if case.view != "expanded":
         weight = view(weight)
+    elif case.dtype in (FP32, FP64):  # D equal columns in 16 bits: one rounding D times over
+        weight = weight[:, :1].expand_as(weight)  # of V equal rows every gradient of hidden is 0, but for rounding
     labels = torch.randint(0, v, (n,), generator=g).to(DEVICE)
     if case.ignored != "none":
         labels[:: 3 if case.ignored == "some" else 1] = -100
