@@ -374,7 +374,7 @@ def _check_diagnostics(loss: Loss, given: Given) -> None:
 
 
 def check_tail(rows_N: Tensor, layout: Layout, loss: Loss, given: Given) -> None:
-    """Raise ValueError where layout, loss and what is given do not go together; rows_N: any (N,) tensor where they are."""
+    """Raise ValueError where layout, loss and data do not go together; rows_N: any (N,) tensor on the rows' device."""
     loss.check_layout(layout)
     _check_diagnostics(loss, given)
     needs = (

@@ -299,6 +299,24 @@ def test_large_logits_are_exact_forward_and_as_good_as_their_lse_backward(dtype)
     assert_as_good_as_torch(got, same_grad, grad, eps=1e-3)
 
 
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("config, splits", [(RowConfig(4, 64, 1, 1), 1), (ONE_ROW, 2)], ids=["blocks", "splits"])
+def test_ignored_rows_are_zero_whatever_they_hold(config, splits, with_bias, monkeypatch):
+    """NaN in all that is theirs, and an infinite bias, which is everyone's."""
+    force(monkeypatch, config, splits)
+    logits, labels, bias, grad_logps, grad_entropy = make(6, 300)
+    bias = bias.index_fill(0, torch.tensor([7], device=DEVICE), torch.inf) if with_bias else None
+    ignored = labels == PLAIN.ignore_index
+    assert ignored.any() and not ignored.all()
+    for t in (logits, grad_logps, grad_entropy):
+        t[ignored] = torch.nan
+    stats = row_softmax_forward(logits, labels, PLAIN, bias_V=bias, **WANT)
+    assert not any(t[ignored].any() for t in stats)
+    lse, entropy = (t.masked_fill(ignored, torch.nan) for t in (stats.lse, stats.entropy))
+    upstream = dict(bias_V=bias, entropy_N=entropy, grad_entropy_N=grad_entropy)
+    assert not row_softmax_backward(logits, labels, lse, grad_logps, PLAIN, **upstream)[ignored].any()
+
+
 def test_two_runs_agree_to_the_bit():
     logits, labels, _, grad_logps, _ = make(257, 1031)
     first, second = (row_softmax_forward(logits, labels, FULL, **WANT) for _ in range(2))
