@@ -3,7 +3,8 @@
 #   make test       the tests, but the slow ones (all of them where CI is set)
 #   make test-all   the slow ones too
 #   make demo       train a small model on preferences and report what it gained
-#   make bench      time and memory against every peer, on the CPU unless there is a GPU; no figure if a test is red
+#   make bench      time and memory against every peer, on the CPU unless there is a GPU; no figure if a test is red;
+#                   heads of real models: make bench ARGS="--suite models --model qwen3-0.6b --tokens 512,2048"
 #   make bench-gpu  tests with real kernels, then what matters most first, in under 10 minutes on one GPU
 #   make aot        compile every kernel for GPUs that need not be here: bench/results/aot.jsonl and aot.md again
 #   make docs       write docs/losses.md again, from what the registry of losses says

@@ -20,7 +20,7 @@ from bench.providers import BASELINE
 from bench.shapes import DTYPES, Shape, matmul_rate, synchronize
 from bench.suites import SUITES
 
-SLOW_SECONDS, SLOW_ROUNDS = 5, 2  # a run that takes longer is run less often
+SLOW_SECONDS, SLOW_ROUNDS = 5, 3  # a run that takes longer is run less often, yet has a median
 _warm: set[Case] = set()  # of the group that is being timed
 _group: list[Case] = []  # one of that group
 _failed: set[Case] = set()  # while they were timed

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402
 
 from bench.record import Record, beyond_results  # noqa: E402
-from bench.report import ROOF_NAMES, machine  # noqa: E402
+from bench.report import ROOF_NAMES, machine, milliseconds  # noqa: E402
 from bench.shapes import Shape  # noqa: E402
 
 # Okabe and Ito's colours, told apart by everybody; ours is the one that stands out.
@@ -141,7 +141,7 @@ def of_roof(records: Sequence[Record]):
         names, shares = [r["provider"] for r in part], [100 * r["of_roof"] for r in part]
         ax.barh(names, shares, color=colours, height=0.62)
         for y, (share, r) in enumerate(zip(shares, part)):
-            label = f"{share:.0f} %, {1000 * r['p50_s']:,.0f} ms"
+            label = f"{share:.0f} %, {milliseconds(r['p50_s'])} ms"
             ax.text(share + 1.5, y, label, va="center", fontsize=7.5, bbox={"fc": "w", "ec": "none", "pad": 0.8})
         ax.axvline(100, color=GREY, lw=1)
         ax.set_ylim(-0.6, most - 0.4)  # bars of one height in every panel

@@ -114,8 +114,8 @@ COLUMNS: dict[str, Callable[[Record], str]] = {
     "dtype": lambda r: r["dtype"],
     "pass": lambda r: r["pass"],
     "provider": lambda r: r["provider"],
-    "p50 ms": lambda r: _milliseconds(r["p50_s"]),
-    "p20-p80 ms": lambda r: f"{_milliseconds(r['p20_s'])}-{_milliseconds(r['p80_s'])}",
+    "p50 ms": lambda r: milliseconds(r["p50_s"]),
+    "p20-p80 ms": lambda r: f"{milliseconds(r['p20_s'])}-{milliseconds(r['p80_s'])}",
     "x torch": lambda r: _number(r.get("ratio"), ".2f"),
     "of roof": lambda r: _number(r.get("of_roof"), ".2f"),
     "MiB": lambda r: _number(record.beyond_results(r), ".0f"),
@@ -162,16 +162,17 @@ def summaries(records: Sequence[Record]) -> list[Row]:
             continue
         best = min(peers, key=lambda r: r["p50_s"])
         rows.append((
-            ours["suite"], size(ours), ours["dtype"], ours["pass"], best["provider"], _milliseconds(ours["p50_s"]),
-            _milliseconds(best["p50_s"]), f"{ours['p50_s'] / best['p50_s']:.2f}", _number(ours.get("of_roof"), ".2f"),
+            ours["suite"], size(ours), ours["dtype"], ours["pass"], best["provider"], milliseconds(ours["p50_s"]),
+            milliseconds(best["p50_s"]), f"{ours['p50_s'] / best['p50_s']:.2f}", _number(ours.get("of_roof"), ".2f"),
             _number(record.beyond_results(ours), ".0f"), _number(record.beyond_results(best), ".0f"),
         ))  # fmt: skip
     return rows
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """As many digits as say something."""
     value = 1000 * seconds
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _number(value: float | None, form: str) -> str:

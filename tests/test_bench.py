@@ -312,14 +312,14 @@ def test_report_as_text_and_markdown(tmp_path):
     title = next(i for i, line in enumerate(lines) if line.startswith("From hidden states to a DPO loss"))
     assert lines[title].endswith("N 48, D 16, V 700; a machine, 2 threads; torch 2")
     found = next(line.split() for line in lines[title:] if "frozen   prefkern" in line)
-    assert found == ["bf16", "frozen", "prefkern", "2500", "2500-2500", "0.28", "0.80", "7", "1.0e-03", "met"]
+    assert found == ["bf16", "frozen", "prefkern", "2,500", "2,500-2,500", "0.28", "0.80", "7", "1.0e-03", "met"]
     many = [line for line in lines if line.startswith("N 8192, D 1024, V 128256") and " prefkern " in line]
     assert len(many) == 1, "a table of several shapes says which"
     trainer = next(i for i, line in enumerate(lines) if line.startswith("A whole training step"))
     columns = ["dtype", "pass", "provider", "p50", "ms", "p20-p80", "ms", "MiB", "tokens/s", "loss", "off", "TRL's"]
     assert lines[trainer + 2].split() == columns and lines[trainer + 4].split()[-2:] == ["123", "2.0e-06"]
     rows = report.summaries(records)
-    assert ("dpo", "N 48, D 16, V 700", "bf16", "frozen", "trl", "2500", "7000", "0.36", "0.80", "7", "7") in rows
+    assert ("dpo", "N 48, D 16, V 700", "bf16", "frozen", "trl", "2,500", "7,000", "0.36", "0.80", "7", "7") in rows
     assert all(row[0] != "scaling" for row in rows)
     table = [line for line in report.markdown(records).splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in table)
