@@ -1,7 +1,8 @@
 """Time and memory of the head and of the losses, against every peer on the same task.
 
 `python -m bench` checks, measures and reports, on the CPU or the GPU at hand; `python -m bench.gpu` measures what
-matters most on a GPU first, within minutes; `python -m bench.report` makes tables and pictures of what they wrote.
+matters most on a GPU first, within minutes; `python -m bench.report --plots FOLDER` makes tables and pictures of what
+they wrote, all of bench/results unless files are named.
 
 shapes.py          real models' heads, the standard shape, and what a machine allows
 providers.py       who computes: plain torch, ours, and the peers that are installed

@@ -119,8 +119,12 @@ def supervise(args: argparse.Namespace) -> int:
             status = max(status, abs(done.returncode))
         except subprocess.TimeoutExpired:
             cut.append(f"the end of {block.name}")
-    print("\n" + report.text(record.read([out])))
-    print(f"\nas JSON lines: {out}; {time.monotonic() - start:.0f} s in all")
+    if out.exists():
+        print(f"\n{report.text(record.read([out]))}\n\nas JSON lines: {out}; {time.monotonic() - start:.0f} s in all")
+        print(f"as pictures: {sys.executable} -m bench.report {out} --plots {out.parent}")
+    else:
+        print("nothing was measured")
+        status = status or 1
     if cut:
         print(f"cut, out of time: {', '.join(cut)}")
     return status

@@ -40,9 +40,12 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
             f"scaling-{dtype}": [r for r in timed if r["suite"] == "scaling" and r["dtype"] == dtype]
             for dtype in dict.fromkeys(r["dtype"] for r in timed)
         }
+        heads: dict[str, list[Record]] = {}
+        for r in (r for r in timed if r["suite"] in ("head", "dpo") and r["provider"] not in ROOF_NAMES):
+            heads.setdefault("roof-n{}-d{}-v{}".format(*r["shape"]), []).append(r)
         wanted = [
             *((name, scaling, part) for name, part in against.items()),
-            ("roof", of_roof, timed),
+            *((name, of_roof, part) for name, part in heads.items()),
             ("logits", bandwidth, timed),
         ]
         for name, picture, part in wanted:
@@ -116,14 +119,10 @@ def _floors(ax: Axes, records: Sequence[Record], axis: int) -> None:
 
 
 def of_roof(records: Sequence[Record]):
-    """How near to the roof each provider comes, a panel for each pass and dtype."""
-    suites = ("head", "dpo")
-    records = [r for r in records if r["suite"] in suites and r.get("of_roof") and r["provider"] not in ROOF_NAMES]
-    shapes = [tuple(r["shape"]) for r in records]
+    """How near to the roof each provider comes at one shape, a panel for each pass and dtype."""
+    records = [r for r in records if r.get("of_roof")]
     if not records:
         return None
-    shape = max(set(shapes), key=shapes.count)
-    records = [r for r in records if tuple(r["shape"]) == shape]
     keys = list(dict.fromkeys((r["suite"], r["pass"], r["dtype"]) for r in records))
     keys = [k for k in keys if k[0] == "dpo" or ("dpo", *k[1:]) not in keys]
     passes, dtypes = list(dict.fromkeys(k[1] for k in keys)), list(dict.fromkeys(k[2] for k in keys))
@@ -132,7 +131,7 @@ def of_roof(records: Sequence[Record]):
     figure, axes = plt.subplots(
         len(dtypes), len(passes), figsize=size, squeeze=False, layout="constrained", sharex=True
     )  # fmt: skip
-    most = max(len({r["provider"] for r in records if r["suite"] == suite}) for suite in suites)
+    most = max(len({r["provider"] for r in records if r["suite"] == suite}) for suite in {k[0] for k in keys})
     for suite, kind, dtype in keys:
         ax = axes[dtypes.index(dtype), passes.index(kind)]
         part = [r for r in records if (r["suite"], r["pass"], r["dtype"]) == (suite, kind, dtype)]
@@ -153,7 +152,7 @@ def of_roof(records: Sequence[Record]):
     longest = max(100, *(100 * r["of_roof"] for r in records))
     axes[0, 0].set_xlim(0, longest + 50)  # room for the words beside the longest bar
     axes[0, 0].set_xticks(range(0, int(longest) + 1, 25))
-    n, d, v = shape
+    n, d, v = records[0]["shape"]
     figure.suptitle(f"N {n:,}, D {d:,}, V {v:,}; {machine(records[0])}", fontsize=11)
     return figure
 

@@ -44,6 +44,7 @@ class Provider:
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     # Bytes held at the peak for each element of the logits, roughly: only to leave out what cannot fit.
     logits_bytes: float = 0.0
+    logits_items: float = 0.0  # the same in the dtype of the head, beside
     ours: bool = False
     optional: bool = False  # runs only when asked for by name
 
@@ -207,6 +208,6 @@ def _has_onednn() -> bool:
 
 # One pass of the head alone, by every library at hand: the fastest is the roof.
 ROOFS = (
-    Provider("matmul", _mm, logits_bytes=4),
-    *([Provider("onednn", _onednn, devices=("cpu",), dtypes=("fp32",), logits_bytes=4)] if _has_onednn() else []),
+    Provider("matmul", _mm, logits_items=1),
+    *([Provider("onednn", _onednn, devices=("cpu",), dtypes=("fp32",), logits_items=1)] if _has_onednn() else []),
 )

@@ -65,9 +65,8 @@ class Suite:
     def obstacle(self, provider: Provider, kind: str, shape: Shape, dtype: str, rate: float) -> str | None:
         """Why a case is left out here, in words; None where it runs."""
         flops = max(2, self.flops[kind])
-        return provider.obstacle(shape, dtype) or too_large(
-            shape, dtype, flops, provider.logits_bytes, kind == "trained", rate
-        )  # fmt: skip
+        held = provider.logits_bytes + provider.logits_items * DTYPES[dtype].itemsize
+        return provider.obstacle(shape, dtype) or too_large(shape, dtype, flops, held, kind == "trained", rate)
 
     def work(self, kind: str, shape: Shape, dtype: str) -> Work:
         raise NotImplementedError

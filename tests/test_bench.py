@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench_main
-from bench import bench_suites, conftest, fresh, gpu, plots, record, report, shapes, trainer_step
+from bench import bench_suites, conftest, fresh, gpu, once, plots, record, report, shapes, trainer_step
 from bench.meter import Meter
 from bench.providers import BASELINE, BETA, Provider
 from bench.shapes import DTYPES, Shape
@@ -184,6 +184,7 @@ def test_what_does_not_fit_is_left_out_and_said_to_be(monkeypatch, tmp_path):
     assert why["prefkern", 512, "frozen"] is None
     assert why["prefkern", 131_072, "frozen"].startswith("would take")
     assert why["torch", 131_072, "frozen"].startswith("needs about")
+    assert why["matmul", 131_072, "frozen"].startswith("needs about 6"), "logits once, in bf16: 62.5 GiB"
     assert why["cce", 512, "frozen"] == "does not run on cpu" or shapes.DEVICE.type == "cuda"
     bench_suites.leave_out(asked, [(case, why) for case, why in listed if why])
     noted = record.lines(tmp_path / "left_out.jsonl")
@@ -276,6 +277,24 @@ def test_what_failed_while_it_was_timed_is_left_out():
         ("prefkern", 1.0, None), ("trl", None, "failed: RuntimeError: later")
     ]  # fmt: skip
     assert len(record.from_benchmark({"benchmarks": rounds})) == 2
+
+
+def test_a_peer_that_fails_while_it_is_timed_stops_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_suites, "_failed", set())
+
+    def fail(*_, **__):
+        raise RuntimeError("no more\nof it")
+
+    benchmark = types.SimpleNamespace(extra_info={}, pedantic=fail)
+    config = types.SimpleNamespace(option=options(left_out=tmp_path / "left_out.jsonl"))
+    found = fresh.Outcome(0.0, 0.0, 0.0, {}), "met"
+    peer, ours = (fresh.Case("head", name, "fp32", "forward", TINY) for name in ("cross_entropy", "prefkern"))
+    for round_, why in enumerate(["failed: RuntimeError: no more", "failed in an earlier round"]):
+        with pytest.raises(pytest.skip.Exception, match=why):
+            bench_suites.bench_time(peer, round_, lambda case: found, benchmark, config)
+    assert [r["left_out"] for r in record.lines(tmp_path / "left_out.jsonl")] == ["failed: RuntimeError: no more"]
+    with pytest.raises(RuntimeError, match="no more"):
+        bench_suites.bench_time(ours, 0, lambda case: found, benchmark, config)
 
 
 def test_memory_beyond_results_is_not_below_zero():
@@ -375,9 +394,11 @@ def test_pictures_are_drawn(tmp_path):
         for n in (64, 1024)
         for v in (32_768, 262_144)
     ]
-    drawn = plots.draw(without_time(everything()) + logits, tmp_path)
+    other = [fake("prefkern", [1.0], shape=TINY._replace(n=24), of_roof=0.5)]
+    drawn = plots.draw(without_time(everything()) + other + logits, tmp_path)
     assert [path.name for path in drawn] == [
-        "a-machine-scaling-bf16.png", "a-machine-roof.png", "a-machine-logits.png"
+        "a-machine-scaling-bf16.png", "a-machine-roof-n48-d16-v700.png", "a-machine-roof-n24-d16-v700.png",
+        "a-machine-logits.png",
     ]  # fmt: skip
     assert all(path.stat().st_size > 10_000 for path in drawn)
     assert plots.draw([], tmp_path) == []
@@ -578,6 +599,18 @@ def test_the_gpu_command_runs_dry(tmp_path):
     ):
         assert "p50_s" in found[case], case
     assert "cut" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_quick_look_at_any_suite(name, monkeypatch, capsys):
+    asked = ["--suite", name, "--shape", "16,8,60", "--dtype", "fp32", "--rounds", "1", "--providers", "torch,prefkern"]
+    monkeypatch.setattr("sys.argv", ["once", *asked])
+    once.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    suite = SUITES[name]
+    timed = {(kind, provider) for kind, provider, _, unit, *_ in lines if unit == "ms"}
+    assert timed >= {(kind, p) for kind in suite.passes([]) for p in (*suite.roofs, "torch", "prefkern")}
+    assert all(("roof" in line) == bool(suite.roofs) for line in lines if line[1] == "prefkern")
 
 
 def test_dtypes_of_the_suites_are_known():
