@@ -164,6 +164,10 @@ def linear_preference_loss(
     Returns:
         PreferenceOutput; metrics as in `preference_loss`, and means over counted tokens of what `outputs` names:
         entropy (nats), mean_token_accuracy (of is_top1), logits/mean, lse.
+    Gradient:
+        With respect to hidden, weight, bias, the adapter and token_kl; a reference is data.
+    Raises:
+        ValueError: more than one reference; else as `token_logps` and `preference_loss`.
     """
     if on_policy and ref_logps is not None:
         raise ValueError("on_policy=True makes the policy its own reference, but ref_logps were given; leave them out")
@@ -196,9 +200,8 @@ def linear_preference_loss(
                         workspace_bytes=workspace_bytes,
                     )  # fmt: skip
                 given = replace(given, ref_logps_N=ref.logps)
-            call = HiddenCall(
-                Head(**head), check_outputs(want), torch_rows.implementation(weight.device, operands.hidden.dtype), plan
-            )
+            rows = torch_rows.implementation(weight.device, operands.hidden.dtype)
+            call = HiddenCall(Head(**head), want, rows, plan)
             return _loss_by_prompts(operands, labels.reshape(-1), layout, loss, given, normalizer, call, on_policy)
     out = token_logps(
         hidden, weight, labels, bias, **head, outputs=want, impl=impl, workspace_bytes=workspace_bytes, lora=lora,
