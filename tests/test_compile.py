@@ -198,6 +198,7 @@ def test_bias_adapter_and_reference_rows():
 def test_logits(where, monkeypatch):
     """On a GPU the loss of logits is one launch, which a graph cannot hold: there it is two operators, too."""
     if where == "on a GPU":  # so far as tracing is concerned
+        pytest.importorskip("triton")
         monkeypatch.setattr(preference, "uses_triton", lambda device, dtype: True)
 
     def call(x, labels, layout, ref_logps):
