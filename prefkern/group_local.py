@@ -20,13 +20,11 @@ import torch
 from torch import Tensor
 
 from prefkern.chunked import Gradients
+from prefkern.gradients import first_order_only, graph_is_kept, scaled
 from prefkern.head import Head, Operands, RowStats
 from prefkern.planner import Plan
 from prefkern.products import add_product, product, product_into
 from prefkern.reference import accumulator
-from prefkern.token_logps import first_order_only
-
-_PIECE = 1 << 23  # elements scaled at a time where that takes an fp32 copy
 
 
 @torch.no_grad()
@@ -129,27 +127,9 @@ class Differentiated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_value):
         gradients, operands = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        last = not _graph_is_kept()
+        last = not graph_is_kept()
         if last and grad_value.device.type == "cpu" and grad_value.item() == 1.0:  # on a GPU reading it would wait
             return None, *gradients
         with torch.no_grad():
-            scaled = tuple(None if g is None else _scaled(g, grad_value, in_place=last) for g in gradients)
-        return None, *first_order_only(scaled, operands)
-
-
-def _scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
-    """factor * gradient, rounded once."""
-    out = gradient if in_place else torch.empty_like(gradient)
-    if factor.dtype == gradient.dtype:
-        return torch.mul(gradient, factor, out=out)
-    # A 0-dim factor would be rounded to the gradient's dtype first; one of a dimension widens the gradient.
-    rows = max(1, _PIECE // max(1, gradient[:1].numel()))
-    for piece, to in zip(gradient.split(rows), out.split(rows)):
-        to.copy_(piece * factor.view(-1))
-    return out
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward may be asked again (retain_graph); True where torch does not say."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else ask()
+            grads = tuple(None if g is None else scaled(g, grad_value, in_place=last) for g in gradients)
+        return None, *first_order_only(grads, operands)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prefkern import checks, preference_tail, reference
 from prefkern import rows as torch_rows
+from prefkern.gradients import first_order_only
 from prefkern.head import Head, Operands, RowStats
 from prefkern.layout import Layout
 from prefkern.losses.base import Loss
@@ -31,7 +32,6 @@ from prefkern.token_logps import (
     LogitsCall,
     _head_forward,
     _head_gradient,
-    first_order_only,
     logits_rows,
 )
 

@@ -112,8 +112,8 @@ _LOCAL_ROWS = {"cpu": 256}
 _LOCAL_ROWS_ON_DEVICE = 1024
 # Rows of a CPU's tile. More of them widen the fp32 sums of forward beyond the cache, fewer narrow the products.
 _TILE_ROWS = 1024
-# Logits of a CPU's tile, however large the workspace: they stay in its last cache from one product to the next.
-_TILE_ELEMENTS = 1 << 22
+# Bytes of a CPU's tile, however large the workspace: it stays in the last cache from one product to the next.
+_TILE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,8 @@ class Plan:
 
     @property
     def _tile_elements(self) -> int:
-        elements = max(1, self.workspace_bytes // self.itemsize)
-        return elements if self.device_type != "cpu" else min(elements, _TILE_ELEMENTS)
+        room = self.workspace_bytes if self.device_type != "cpu" else min(self.workspace_bytes, _TILE_BYTES)
+        return max(1, room // self.itemsize)
 
 
 def _fit(budget: int, unit: int, most: int) -> int:

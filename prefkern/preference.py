@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkern import rows as torch_rows
+from prefkern.gradients import first_order_only
 from prefkern.group_local import Differentiated, Known, walk
 from prefkern.head import IGNORE_INDEX, Head, LoRA, Operands, RowStats
 from prefkern.layout import Layout
@@ -34,7 +35,6 @@ from prefkern.token_logps import (
     check_logits,
     check_outputs,
     check_ref_hidden,
-    first_order_only,
     logits_gradient,
     logits_rows,
     logits_token_logps,

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from prefkern import reference
 from prefkern.diagnostics import gradient_ratios
+from prefkern.gradients import first_order_only
 from prefkern.layout import Layout, TailIndex
 from prefkern.losses.base import Addend, Batch, Loss
 from prefkern.planner import require_triton, uses_triton
-from prefkern.token_logps import first_order_only
 
 
 class PreferenceOutput(NamedTuple):

@@ -21,7 +21,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         out: (M, L) memory that may be used for the result. It need not be: use what is returned.
     """
     if _onednn_serves(a, b):
-        return _onednn(a, b)
+        return _onednn(a, b, out)
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
 
@@ -42,19 +42,20 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None
         total.add_(product(a, b), alpha=alpha)
 
 
-def _onednn(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; long sums in pieces where a lies by columns, as that of a weight's gradient over the rows of a batch.
+def _onednn(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    """a @ b, in `out` where it is a sum of several products.
 
+    Those are short where a lies by columns, as in a weight's gradient, a sum over the rows of a batch.
     oneDNN adds one term after the other, so that its error grows with the length of a sum: at 256 terms it is 1.4 times
     MKL's, at 1,024 it is 1.7 times.
     """
     multiply = torch.ops.mkldnn._linear_pointwise
     if a.is_contiguous() or not b.is_contiguous() or a.shape[1] <= _SUM:
         return multiply(a, b.t(), None, "none", [], "")
-    first, *others = zip(a.split(_SUM, 1), b.split(_SUM))
-    total = multiply(first[0], first[1].t(), None, "none", [], "")
-    for x, y in others:
-        total += multiply(x, y.t(), None, "none", [], "")
+    total = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    for i, (x, y) in enumerate(zip(a.split(_SUM, 1), b.split(_SUM))):
+        piece = multiply(x, y.t(), None, "none", [], "")
+        total.copy_(piece) if i == 0 else total.add_(piece)
     return total
 
 

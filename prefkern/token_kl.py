@@ -9,11 +9,12 @@ from torch import Tensor
 
 from prefkern import reference
 from prefkern.chunked import walk_vocabulary
+from prefkern.gradients import first_order_only, graph_is_kept, scaled
 from prefkern.head import IGNORE_INDEX, Head, Operands
 from prefkern.planner import Plan
 from prefkern.products import product, product_into
 from prefkern.rows import pieces, slope_of, transformed
-from prefkern.token_logps import autocast_head, check_head, first_order_only, plan_head
+from prefkern.token_logps import autocast_head, check_head, plan_head
 
 
 def token_kl(
@@ -111,7 +112,7 @@ class TokenKL(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[:3])
         with torch.no_grad():
             if unit is not None:
-                grads = (unit * grad_kl[:, None]).to(unit.dtype), None, None
+                grads = scaled(unit, grad_kl, in_place=not graph_is_kept()), None, None
             else:
                 policy, ref = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
                 grads = _backward(policy, ref, valid, ctx.call, lse, ref_lse, grad_kl, needs)

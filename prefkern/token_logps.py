@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefkern import chunked, reference
 from prefkern import rows as torch_rows
+from prefkern.gradients import first_order_only, graph_is_kept, scaled
 from prefkern.head import IGNORE_INDEX, Head, LoRA, Operands, RowStats
 from prefkern.kept_logits import KeptLogits, memory_like
 from prefkern.planner import Plan, plan, require_triton
@@ -249,8 +250,11 @@ class TokenLogps(torch.autograd.Function):
         ctx.keeps = ctx.keeps and not needs[1]
         with torch.no_grad():
             if (unit is not None or unit_low is not None) and grad_entropy is None:
-                scaled = (None if u is None else (u * grad_logps[:, None]).to(u.dtype) for u in (unit, unit_low))
-                dhidden, dlow = (g if need else None for g, need in zip(scaled, (needs[0], needs[3])))
+                last = not graph_is_kept()
+                dhidden, dlow = (
+                    scaled(u, grad_logps, in_place=last) if need and u is not None else None
+                    for u, need in ((unit, needs[0]), (unit_low, needs[3]))
+                )
                 grads = dhidden, None, None, dlow, None
             else:
                 grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
@@ -341,25 +345,6 @@ def logits_gradient(
         if out is not None:
             torch.autograd.graph.increment_version(logits)  # a second backward through these logits now raises
     return dlogits
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity on a gradient; its own backward says that there is no second derivative."""
-
-    @staticmethod
-    def forward(ctx, grad, *inputs):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("prefkern's kernels have no second derivative; use impl='eager' for it")
-
-
-def first_order_only(grads: tuple, inputs: tuple) -> tuple:
-    """The gradients, under create_graph tied to their inputs: a double backward raises instead of losing terms."""
-    if not torch.is_grad_enabled():
-        return grads
-    return tuple(None if g is None else _FirstOrderOnly.apply(g, *[t for t in inputs if t is not None]) for g in grads)
 
 
 def _mark(ctx, stats: RowStats, ref_logps: Tensor | None = None) -> None:

@@ -31,7 +31,7 @@ from bench import record
 from bench.studies import common
 from prefkern import group_local, planner
 from prefkern import rows as torch_rows
-from prefkern.head import Head
+from prefkern.head import Head, Operands
 
 NAME = "signed_accumulation"
 BETA = 0.1
@@ -80,7 +80,7 @@ class Pair:
 
 def signed(pair: Pair, workspace: int) -> Results:
     """-log sigma(beta x) and its gradients, those of x multiplied by -beta sigma(-beta x) in the end."""
-    operands = group_local.Operands(pair.hidden, pair.weight)
+    operands = Operands(pair.hidden, pair.weight)
     (n, d), v = pair.hidden.shape, pair.weight.shape[0]
     plan = planner.plan(
         (n, d, v), pair.hidden.dtype, pair.hidden.device, grad_hidden=True, grad_head=True, workspace_bytes=workspace
