@@ -44,6 +44,23 @@ def test_every_layout(library, shape, dtype):
             assert_as_good_as_torch(out, torch_same, truth, EPS)
 
 
+@pytest.mark.parametrize("terms", [1000, 5000])
+def test_long_sums_lose_at_most_twice_what_torch_loses(library, terms):
+    """Root mean squares, of which nothing is luck; and in memory that is given."""
+    a, b = matrices(256, terms, 64, torch.float32)
+    truth = a.double() @ b.double()
+
+    def loss(x):
+        return (x.double() - truth).square().mean().sqrt().item()
+
+    bound = 2 * loss(torch.mm(a, b))
+    for x in layouts(a).values():
+        for y in layouts(b).values():
+            out = torch.full((256, 64), torch.nan, device=DEVICE)
+            products.product_into(out, x, y)
+            assert loss(products.product(x, y)) <= bound and loss(out) <= bound
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_are_fp32(library, dtype):
     a, b = matrices(16, 32, 24, dtype)
