@@ -23,7 +23,7 @@ NOT_LOCAL = {"alphadpo", "aot", "aot_unpaired", "kto", "tdpo1", "tdpo2"}
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """Chunks of any size are worth their sum in fp32, and no rows are so few that dweight's memory holds their logits."""
+    """Chunks of any size are worth their sum in fp32, and dweight's memory holds no logits."""
     monkeypatch.setattr(planner, "_rows_that_fit_dweight", lambda shape: 0)
     monkeypatch.setattr(planner, "_LOCAL_ROWS", {"cpu": 1})
     monkeypatch.setattr(planner, "_LOCAL_ROWS_ON_DEVICE", 1)

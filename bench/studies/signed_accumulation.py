@@ -5,7 +5,8 @@ and -1 for the rejected one. So dweight / c and dhidden / c can be added up as t
 time, and multiplied by c once the last log-probability is known:
 
     signed      logits once, chunks of whole rows, an fp32 sum of dweight that every chunk adds to    6NDV
-    recompute   logits once for c and once more for the products, tiles that need no whole rows       8NDV
+    recompute   what ships: logits of D rows kept where dweight will be, of the others computed again;
+                tiles that need no whole rows                                                         7NDV here
 
 Both are measured on one pair of 2,048 tokens, D = 1,024, in alternating rounds, after their results were compared. The
 fewer rows fit a chunk, the more the sum costs: V x D numbers are read and written for each.
