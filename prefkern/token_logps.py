@@ -118,6 +118,10 @@ def token_logps(
         Backward takes p from the fp32 log-sum-exp: half an ulp of it is the relative error of p, 1e-6 at logits of 20
         and 5e-4 at logits of 1e4.
         Second derivatives raise RuntimeError except with impl="eager".
+    Memory:
+        Beside the results: the workspace; where hidden needs a gradient (N, D) in at least its dtype; and where weight
+        does, from forward on, the (V, D) that become its gradient and hold logits until then (not under torch.compile,
+        and not with impl="cut").
     Overflow:
         Of fp16 inputs, a raw logit beyond 65,504 is infinite except with impl="cut", which keeps logits in fp32: the
         row's results are NaN, as plain torch's are, never a wrong number.
