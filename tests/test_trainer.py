@@ -64,8 +64,9 @@ def test_accumulation_8_by_1_equals_1_by_8(tmp_path, name):
     (split, split_logs), (whole, whole_logs) = steps(1, 8), steps(8, 1)
     for k in whole:
         torch.testing.assert_close(split[k], whole[k], rtol=1e-9, atol=1e-11, msg=lambda m, k=k: f"{k}: {m}")
-    for a, b in zip(split_logs, whole_logs, strict=True):
-        for k in b.keys() - {"epoch", "learning_rate"}:
+    for step, (a, b) in enumerate(zip(split_logs, whole_logs, strict=True)):
+        # At first the policy is its reference: which of two rewards of 0 is the larger, their rounding decides.
+        for k in b.keys() - {"epoch", "learning_rate"} - ({"rewards/accuracies"} if step == 0 else set()):
             assert a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6), k
 
 
