@@ -62,7 +62,8 @@ def alpha_divergence(score_K, valid_K, target_K, margin, p0, p1, p2, p3, p4, p5)
     dvalue/dscore_i = p_i sum(w) - w_i,    w_i = (q_i^a p_i^(1-a) - p_i) / a;    a = 0: w_i = p_i log(q_i / p_i)
 
     1 - sum_i q_i^a p_i^(1-a) = -sum_i (q_i^a p_i^(1-a) - p_i), and q in p's place for a >= 1/2, where that is exact: no
-    difference of nearly equal sums is divided by a small number.
+    difference of nearly equal sums is divided by a small number. Any multiple of p may be taken from w without changing
+    the derivative; the one that leaves nothing at the largest p keeps its digits where that p is nearly 1.
     """
     log_p_K = log_softmax(score_K, valid_K)
     log_q_K = tl.where(valid_K, tl.log(tl.maximum(target_K, p0)), 0.0)
@@ -71,8 +72,13 @@ def alpha_divergence(score_K, valid_K, target_K, margin, p0, p1, p2, p3, p4, p5)
     c_K = tl.where(near_q_K, 1.0 - a_K, a_K)
     base_K, other_K = tl.where(near_q_K, log_q_K, log_p_K), tl.where(near_q_K, log_p_K, log_q_K)
     value = -tl.sum(tilt(base_K, other_K, c_K) / (1.0 - c_K), axis=0)
-    w_K = tilt(log_p_K, log_q_K, a_K)
-    return value, tl.where(valid_K, tl.exp(log_p_K) * tl.sum(w_K, axis=0) - w_K, 0.0)
+    w_K, p_K = tilt(log_p_K, log_q_K, a_K), tl.exp(log_p_K)
+    offs_k = tl.arange(0, score_K.shape[0])
+    top = tl.max(tl.where(valid_K, log_p_K, float("-inf")), axis=0)
+    is_top_K = offs_k == tl.min(tl.where(valid_K & (log_p_K == top), offs_k, score_K.shape[0]), axis=0)
+    ratio = tl.sum(tl.where(is_top_K, w_K, 0.0), axis=0) / tl.sum(tl.where(is_top_K, p_K, 0.0), axis=0)
+    w_K = tl.where(valid_K & ~is_top_K, w_K - p_K * ratio, 0.0)
+    return value, tl.where(valid_K, p_K * tl.sum(w_K, axis=0) - w_K, 0.0)
 
 
 LINKS = (

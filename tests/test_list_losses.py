@@ -335,6 +335,16 @@ def test_alpha_divergence_loses_nothing_near_the_optimum_in_fp32(a, impl):
     assert (grad.cpu().double() - exact).abs().max() < 2e-7
 
 
+@pytest.mark.parametrize("a", [0.0, 0.2, 0.6])
+def test_alpha_divergence_keeps_its_digits_where_one_response_is_nearly_certain(a):
+    """1 - p of the first is 1e-4: its derivative is small too, and no difference of numbers near 1."""
+    batch = Example([3], [1] * 3)
+    batch.ref, batch.logps = torch.zeros_like(batch.ref), torch.tensor([-1.0, -10.25, -12.5]).double()
+    truth = batch.run(L.AlphaDivergence(alpha=a))[1]
+    got = batch.run(L.AlphaDivergence(alpha=a), impl="triton", dtype=torch.float32)[1].cpu().double()
+    torch.testing.assert_close(got, truth, rtol=2e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("impl, dtype", [("eager", torch.float64), ("triton", torch.float32)])
 @pytest.mark.parametrize("a", [0.0, 0.35, 0.5, 0.9, 1.0])
 def test_targets_of_zero(a, impl, dtype):
