@@ -29,7 +29,7 @@ TITLES = {
 }
 SIZES = {"tail": "N {0}", "logits": "N {0}, V {2}", "trainer": "{0} pairs a step, D {1}, V {2}"}
 ROOF_NAMES = frozenset(name for suite in SUITES.values() for name in suite.roofs) | {"onednn"}
-IN_README = ("head", "dpo", "tail", "trainer")
+IN_README = ("dpo", "trainer")
 LEGEND = (
     "x torch: p50 divided by plain torch's (logits in the model's dtype, softmax in fp32); of roof: time of the "
     "pass's 2, 4 or 6 NDV at the rate of the fastest matrix product of the same shape in the same rounds (from logits: "
