@@ -23,6 +23,9 @@ def scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
         factor: 0-dim, or (N,): one for each row.
         in_place: write over the gradient.
     """
+    if _stands_for_many(factor):
+        own = factor.expand(1) if factor.ndim == 0 else factor[(..., *[None] * (gradient.ndim - 1))]
+        return (gradient * own).to(gradient.dtype)
     out = gradient if in_place else torch.empty_like(gradient)
     # A 0-dim factor would be rounded to the gradient's dtype first; one of a dimension widens the gradient.
     ones = [1] * (gradient.ndim - 1)
@@ -34,6 +37,12 @@ def scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     for piece, to, own in zip(gradient.split(rows), out.split(rows), factors.split(rows)):
         to.copy_(piece * own)
     return out
+
+
+def _stands_for_many(x: Tensor) -> bool:
+    """Whether this is an upstream gradient of autograd.grad(is_grads_batched=True): no one result has memory to reuse."""
+    functorch = torch._C._functorch
+    return any(getattr(functorch, name, lambda _: False)(x) for name in ("is_batchedtensor", "is_legacy_batchedtensor"))
 
 
 class _FirstOrderOnly(torch.autograd.Function):

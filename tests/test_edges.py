@@ -347,6 +347,19 @@ def test_retain_graph(body, trained):
         torch.autograd.grad(loss, leaves)
 
 
+def test_many_upstream_gradients_at_once(body):
+    """autograd.grad(is_grads_batched=True), as torch.autograd.functional.jacobian asks: of a frozen head."""
+    hidden, weight, labels = make()
+    hidden.requires_grad_()
+    logps = pk.token_logps(hidden, weight, labels, impl=IMPL[body], workspace_bytes=WORKSPACE).logps
+    upstream = torch.randn(3, len(labels), generator=torch.Generator().manual_seed(0)).to(hidden.device)
+    if body == "cut":
+        pytest.skip("backward launches kernels, which take one gradient")
+    one_by_one = [torch.autograd.grad(logps, hidden, g, retain_graph=True)[0] for g in upstream]
+    (at_once,) = torch.autograd.grad(logps, hidden, upstream, is_grads_batched=True)
+    torch.testing.assert_close(at_once, torch.stack(one_by_one), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("needs", ["h", "w", "hw"])
 def test_double_backward_is_refused(kernel_body, needs):
     hidden, weight, labels = make()
