@@ -40,7 +40,7 @@ def scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
 
 
 def _stands_for_many(x: Tensor) -> bool:
-    """Whether this is an upstream gradient of autograd.grad(is_grads_batched=True): no one result has memory to reuse."""
+    """Whether x is upstream gradients of autograd.grad(is_grads_batched=True): of no one of them is memory reused."""
     functorch = torch._C._functorch
     return any(getattr(functorch, name, lambda _: False)(x) for name in ("is_batchedtensor", "is_legacy_batchedtensor"))
 
