@@ -82,7 +82,7 @@ def token_kl(
     chosen = plan_head(hidden, weight, bias, impl, workspace_bytes)
     if chosen.row.body == "eager":
         return reference.kl_from_hidden(hidden, weight, bias, *ref, valid, head).view(shape)
-    both = replace(chosen, itemsize=hidden.dtype.itemsize + ref_hidden.dtype.itemsize)
+    both = replace(chosen, itemsize=hidden.dtype.itemsize + ref_hidden.dtype.itemsize, kept_rows=0)
     return TokenKL.apply(hidden, weight, bias, *ref, valid, _Call(head, both)).view(shape)
 
 
