@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "prefkern" / "__init__.py").read_text(), re.MULTILINE)[1]
@@ -37,6 +37,26 @@ setup(
     packages=["prefkern", "prefkern.losses", "prefkern.kernels", "prefkern.training"],
     package_dir={"prefkern": "prefkern", "prefkern.kernels": "kernels", "prefkern.training": "training"},
     package_data={"prefkern": ["py.typed"]},
+    # Row functions for a CPU. No header of Python's is used; without a compiler that takes this, torch does the work.
+    # Not linked with an OpenMP: the one that torch has loaded serves, so that both share their threads.
+    ext_modules=[
+        Extension(
+            "prefkern.kernels._row_softmax_cpu",
+            sources=["kernels/row_softmax_cpu.cpp"],
+            extra_compile_args=[
+                "-O2",
+                "-std=gnu++17",
+                "-fopenmp",
+                "-fno-exceptions",
+                "-fno-rtti",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-Wno-psabi",
+            ],
+            language="c++",
+            optional=True,
+        )
+    ],
     # Ranges are wide: the newest versions known to work together are in constraints.txt.
     install_requires=[
         "accelerate>=1.1",

@@ -56,8 +56,8 @@ def forward(
         rows: the module of the row functions.
         kept: where the raw logits of leading rows are left for backward; None: nowhere.
     """
-    if rows is torch_rows:
-        return tiles.forward(operands, labels_N, head, plan, want, gradient=gradient, kept=kept)
+    if hasattr(rows, "fold"):
+        return tiles.forward(operands, labels_N, head, plan, want, gradient=gradient, rows=rows, kept=kept)
     hidden, weight, bias, low, low_weight = operands
     n, vocab = hidden.shape[0], weight.shape[0]
     step = replace(plan, shape=(n, *plan.shape[1:])).rows_per_chunk  # whose N leaves out a reference's rows

@@ -23,7 +23,7 @@ def scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
         factor: 0-dim, or (N,): one for each row.
         in_place: write over the gradient.
     """
-    if _stands_for_many(factor):
+    if stands_for_many(factor):
         own = factor.expand(1) if factor.ndim == 0 else factor[(..., *[None] * (gradient.ndim - 1))]
         return (gradient * own).to(gradient.dtype)
     out = gradient if in_place else torch.empty_like(gradient)
@@ -39,7 +39,7 @@ def scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     return out
 
 
-def _stands_for_many(x: Tensor) -> bool:
+def stands_for_many(x: Tensor) -> bool:
     """Whether x is upstream gradients of autograd.grad(is_grads_batched=True): of no one of them is memory reused."""
     functorch = torch._C._functorch
     return any(getattr(functorch, name, lambda _: False)(x) for name in ("is_batchedtensor", "is_legacy_batchedtensor"))

@@ -37,6 +37,11 @@ class KeptLogits:
             self.slice(whole)[start : start + count, i - first : stop - first] = own
             i = stop
 
+    def room(self, rows: slice, part: slice) -> Tensor | None:
+        """Memory, without gaps, of the logits of these rows and this part; None unless the part is a whole slice."""
+        whole = part.start % self.step == 0 and part.stop == min(part.start + self.step, self.memory.shape[0])
+        return self.slice(part)[rows] if whole and rows.stop <= self.rows else None
+
     def slice(self, part: slice) -> Tensor:
         """(rows, w) logits of one whole slice of the vocabulary."""
         width = part.stop - part.start

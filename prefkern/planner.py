@@ -245,11 +245,7 @@ def plan(
     case = 3 if grad_weight else 2 if grad_head else 1 if grad_hidden or grad_low[0] else 0
     row = BODIES["chunked" if impl == "auto" else impl][case]
     workspace = default_workspace(device) if workspace_bytes is None else workspace_bytes
-    how = (
-        "asked for"
-        if impl != "auto"
-        else "fewest FLOPs of the table; row work by " + ("Triton" if uses_triton(device, dtype) else "torch")
-    )
+    how = "asked for" if impl != "auto" else "fewest FLOPs of the table; row work by " + _row_work(device, dtype)
     kept = _rows_that_fit_dweight(shape) if row is RECOMPUTE and keep_logits else 0
     chosen = Plan(row, shape, workspace, dtype.itemsize, "", grad_hidden, rank, grad_low, device.type, kept)
     if kept:
@@ -266,6 +262,12 @@ def plan(
             how = f"{how}; the loss is local to groups, which fit a chunk"
             chosen = replace(chosen, row=LOCAL[row], kept_rows=0)
     return replace(chosen, reason=f"{needs}; {row.body} body: {how}")
+
+
+def _row_work(device: torch.device, dtype: torch.dtype) -> str:
+    if uses_triton(device, dtype):
+        return "Triton"
+    return "compiled code" if uses_compiled(device, dtype) else "torch"
 
 
 def _rows_that_fit_dweight(shape: tuple[int, int, int]) -> int:
@@ -335,3 +337,12 @@ def require_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> 
 def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether impl="auto" runs Triton kernels on such tensors: on a GPU, but not in float64, which they lack."""
     return device.type == "cuda" and dtype != torch.float64 and has_triton()
+
+
+def uses_compiled(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether impl="auto" runs compiled row functions on such tensors: bf16 and fp32 on a CPU, where they are built."""
+    if device.type != "cpu":
+        return False
+    from prefkern.kernels import row_softmax_cpu
+
+    return dtype in row_softmax_cpu.DTYPES and row_softmax_cpu.library() is not None

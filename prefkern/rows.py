@@ -1,4 +1,4 @@
-"""Row statistics of a block of logits and their gradient, in plain torch: the twin of kernels/row_softmax.py.
+"""Row statistics of a block of logits and their gradient in plain torch: the twin of kernels/row_softmax*.py.
 
 Forward:   logp = z_y - lse,  lse = m + log sum_v exp(z_v - m)
 Backward:  dz = g (onehot - p) - e p (log p + entropy),  then times dz/dz0 of the head's transform
@@ -9,17 +9,121 @@ that memory sees each logit once. Arithmetic is fp32 (float64 for float64).
 
 import sys
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefkern.head import Head, RowStats
-from prefkern.planner import uses_triton
+from prefkern.planner import uses_compiled, uses_triton
 from prefkern.reference import accumulator
 
 # Elements of one piece: 2 MiB in fp32, about one core's second-level cache.
 _PIECE = 1 << 19
 _PIECE_ON_DEVICE = 1 << 23  # 32 MiB, a few hundred launches a gigabyte of logits
+
+
+class RowSums(NamedTuple):
+    """What a row's statistics are made of, over the vocabulary or a part of it; each (N,), fp32 (float64 of float64).
+
+    Fields:
+        top: max z, -inf where there is none but -inf.
+        sum: sum exp(z - top), 0 in such a row.
+        label: z of the label, 0 where it is not in this part.
+        dot: sum exp(z - top) (z - top), where an excluded entry, z = -inf, adds 0.
+        total: sum z.
+        square: sum exp(z - top)^2.
+    """
+
+    top: Tensor
+    sum: Tensor
+    label: Tensor
+    dot: Tensor | None = None
+    total: Tensor | None = None
+    square: Tensor | None = None
+
+
+def fold(
+    tile: Tensor,
+    labels_N: Tensor,
+    head: Head,
+    *,
+    bias_V: Tensor | None = None,
+    want_entropy: bool = False,
+    want_mean: bool = False,
+    want_collision: bool = False,
+    gradient: int = 0,
+    overwrite: bool = True,
+) -> RowSums:
+    """Sums over the columns of a block of raw logits.
+
+    Args:
+        tile: (N, W) raw logits of a slice of the vocabulary, any floating dtype.
+        labels_N: (N,) int64 less the slice's start; outside [0, W) it is another slice's.
+        head: the transform between raw logits and softmax.
+        bias_V: (W,), added to the raw logits.
+        want_entropy, want_mean, want_collision: whether dot, total and square are wanted.
+        gradient: in the place of so many leading rows goes exp(z - top), times the softcap's slope, 0 at the label.
+        overwrite: whether the other rows may be written over.
+    """
+    rows, width = tile.shape
+    wanted = (True, True, True, want_entropy, want_mean, want_collision)
+    dtype = accumulator(tile.dtype)
+    sums = RowSums(*(tile.new_empty(rows, dtype=dtype) if wants else None for wants in wanted))
+    inside = ((labels_N >= 0) & (labels_N < width))[:, None]
+    column = labels_N.clamp(0, width - 1)[:, None]
+    for piece in pieces(tile):
+        own = RowSums(*(x if x is None else x[piece, None] for x in sums))
+        z = transformed(tile[piece], head, bias_V, overwrite=overwrite or piece.stop <= gradient)
+        torch.amax(z, 1, keepdim=True, out=own.top)
+        own.label.copy_(torch.where(inside[piece], z.gather(1, column[piece]), 0.0))
+        if want_mean:
+            torch.sum(z, 1, keepdim=True, out=own.total)
+        slope = slope_of(z, head) if piece.start < gradient else None
+        z.sub_(own.top.masked_fill(own.top.isneginf(), 0.0))  # -inf less -inf is NaN, and exp(-inf) nothing
+        e = z.exp() if want_entropy else z.exp_()
+        torch.sum(e, 1, keepdim=True, out=own.sum)
+        if want_collision:
+            torch.sum(e.square(), 1, keepdim=True, out=own.square)
+        if want_entropy:
+            own.dot.copy_(_expected(z, e)[:, None])
+        count = min(gradient, piece.stop) - piece.start
+        if count > 0:
+            own_column, e = column[piece][:count], e[:count]
+            e.scatter_(1, own_column, torch.where(inside[piece][:count], 0.0, e.gather(1, own_column)))
+            tile[piece][:count] = e if slope is None else e.mul_(slope[:count])
+    return sums
+
+
+def _expected(z: Tensor, e: Tensor) -> Tensor:
+    """(rows,) sums of e z; an excluded entry, e = 0 and z = -inf, adds 0. Writes over z."""
+    if z.device.type == "cpu":
+        dot = torch.bmm(e[:, None, :], z[:, :, None])[:, 0, 0]
+        if dot.isfinite().all():
+            return dot
+    return z.clamp_(min=-1e30).mul_(e).sum(1)
+
+
+def statistics(sums: RowSums, labels_N: Tensor, vocab: int, head: Head, *, want_top1: bool = False) -> RowStats:
+    """Row statistics of sums over the whole vocabulary: those that the sums allow, and is_top1 if wanted."""
+    log_sum = sums.sum.log()
+    valid = labels_N != head.ignore_index
+    wrong = valid & ((labels_N < 0) | (labels_N >= vocab))
+    every = RowStats(
+        logp(sums).masked_fill(wrong, torch.nan),
+        sums.top + log_sum,
+        None if sums.dot is None else log_sum - sums.dot / sums.sum,
+        sums.label >= sums.top if want_top1 else None,
+        None if sums.total is None else sums.total / vocab,
+        None if sums.square is None else sums.square.log() - 2 * log_sum,
+    )
+    return RowStats(*(None if x is None else x.masked_fill(~valid, 0) for x in every))
+
+
+def logp(sums: RowSums) -> Tensor:
+    """Log-probability of the label, from sums over the whole vocabulary."""
+    # (label - top) first: both are large when logits are, their difference is not.
+    return (sums.label - sums.top) - sums.sum.log()
 
 
 def row_softmax_forward(
@@ -32,62 +136,20 @@ def row_softmax_forward(
     want_top1: bool = False,
     want_mean: bool = False,
     want_collision: bool = False,
-    gradient: bool = False,
 ) -> RowStats:
-    """Row statistics of raw logits.
+    """Row statistics of raw logits, which stay as they are.
 
     Args:
-        logits_NV: (N, V) raw logits, any floating dtype; overwritten when `gradient` is true.
+        logits_NV: (N, V) raw logits, any floating dtype.
         labels_N: (N,) int64 in [0, V), or head.ignore_index. Another value gives a NaN log-probability.
         head: the transform between raw logits and softmax.
         bias_V: (V,), added to the raw logits.
-        gradient: leave (p - onehot), times the softcap's slope, in the place of the logits. d logp_n / d logits_n is
-            that times -logit_scale / temperature, and 0 where ignored: factors that are cheaper to apply later.
     Returns:
         RowStats, fp32.
     """
-    rows, vocab = logits_NV.shape
-    dtype = accumulator(logits_NV.dtype)
-
-    def fresh(wanted: bool, kind: torch.dtype = dtype) -> Tensor | None:
-        return logits_NV.new_empty(rows, dtype=kind) if wanted else None
-
-    top1 = fresh(want_top1, torch.bool)
-    stats = RowStats(fresh(True), fresh(True), fresh(want_entropy), top1, fresh(want_mean), fresh(want_collision))
-    for piece in pieces(logits_NV):
-        _forward_piece(
-            logits_NV[piece], labels_N[piece], head, bias_V, gradient, [s if s is None else s[piece] for s in stats]
-        )
-    valid = labels_N != head.ignore_index
-    for s in stats:
-        if s is not None:
-            s.masked_fill_(~valid, 0)
-    stats.logps.masked_fill_(valid & ((labels_N < 0) | (labels_N >= vocab)), torch.nan)
-    return stats
-
-
-def _forward_piece(logits: Tensor, labels: Tensor, head: Head, bias: Tensor | None, gradient: bool, out: list) -> None:
-    logps, lse, entropy, is_top1, mean_logit, log_collision = out
-    z = transformed(logits, head, bias)
-    label = labels.clamp(0, z.shape[1] - 1)[:, None]
-    z_label, top = z.gather(1, label), z.amax(1, keepdim=True)
-    if is_top1 is not None:
-        torch.ge(z_label, top, out=is_top1[:, None])
-    if mean_logit is not None:
-        torch.mean(z, 1, out=mean_logit)
-    p = z.softmax(1)
-    log_total = p.amax(1, keepdim=True).log_().neg_()  # the largest p is 1 / sum exp(z - top), and never underflows
-    torch.add(top, log_total, out=lse[:, None])
-    torch.sub(z_label - top, log_total, out=logps[:, None])
-    if log_collision is not None:
-        # The sum of p is 1 but for the normaliser's rounding, which the second term takes back.
-        torch.sub(p.square().sum(1).log_(), p.sum(1).log_(), alpha=2, out=log_collision)
-    slope = slope_of(z, head) if gradient else None
-    if entropy is not None:
-        torch.sub(log_total[:, 0], z.sub_(top).clamp_(min=-1e30).mul_(p).sum(1), out=entropy)
-    if gradient:
-        p.scatter_add_(1, label, -torch.ones_like(z_label))
-        logits.copy_(p if slope is None else p.mul_(slope))
+    want = dict(want_entropy=want_entropy, want_mean=want_mean, want_collision=want_collision)
+    sums = fold(logits_NV, labels_N, head, bias_V=bias_V, overwrite=False, **want)
+    return statistics(sums, labels_N, logits_NV.shape[1], head, want_top1=want_top1)
 
 
 def row_softmax_backward(
@@ -176,9 +238,13 @@ def slope_of(z: Tensor, head: Head) -> Tensor | None:
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module with the row functions for logits of this device and dtype: Triton's if it serves, else this one."""
+    """The module with the row functions for such logits: Triton's or a CPU's compiled ones where they serve."""
     if uses_triton(device, dtype):
         from prefkern.kernels import row_softmax
 
         return row_softmax
+    if uses_compiled(device, dtype):
+        from prefkern.kernels import row_softmax_cpu
+
+        return row_softmax_cpu
     return sys.modules[__name__]

@@ -10,11 +10,11 @@ import prefkern as pk
 from conftest import DEVICE
 from numerics import VIEWS, assert_as_good_as_torch, far_apart
 from prefkern import rows as torch_rows
-from prefkern.kernels import lm_head, row_softmax
+from prefkern.kernels import lm_head, row_softmax, row_softmax_cpu
 from prefkern.kernels.tuning import HeadConfig, RowConfig
 
 EPS = 1e-6  # fp32 sums in another order than torch's
-BODIES = ("eager", "chunked", "triton rows", "cut")
+BODIES = ("eager", "chunked", "compiled rows", "triton rows", "cut")
 WORKSPACE = 2000  # bytes: several tiles even of a few logits
 
 
@@ -30,13 +30,15 @@ def kernel_body(request, monkeypatch):
     return use(request.param, monkeypatch)
 
 
-IMPL = dict(zip(BODIES, ("eager", "chunked", "chunked", "cut")))
+IMPL = dict(zip(BODIES, ("eager", "chunked", "chunked", "chunked", "cut")))
 
 
 def use(name: str, monkeypatch) -> str:
     if name == "triton rows":
         monkeypatch.setattr(torch_rows, "implementation", lambda device, dtype: row_softmax)
-    elif name == "chunked":  # also on a GPU
+    elif name == "compiled rows":
+        monkeypatch.setattr(torch_rows, "implementation", lambda device, dtype: row_softmax_cpu)
+    elif name == "chunked":  # also on a GPU, and with compiled row functions there
         monkeypatch.setattr(torch_rows, "implementation", lambda device, dtype: torch_rows)
     elif name == "cut" and DEVICE == "cpu":
         tile = HeadConfig(32, 64, 32, num_warps=1, num_stages=1)

@@ -20,7 +20,7 @@ from numerics import assert_as_good_as_torch
 from prefkern import checks, reference
 from prefkern import rows as torch_rows
 from prefkern.head import Head
-from prefkern.kernels import lm_head, row_softmax
+from prefkern.kernels import lm_head, row_softmax, row_softmax_cpu
 from prefkern.kernels.tuning import HeadConfig
 from prefkern.losses import names
 
@@ -29,8 +29,9 @@ EPS = {torch.float64: 1e-13}
 EPS_OF_FP32 = 1e-6
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 KERNEL_DTYPES = (FP32, FP32, FP16)  # the interpreter's tl.dot returns garbage on bf16
+DTYPES = {"chunked": (FP32, BF16, FP16, FP64), "compiled": (FP32, BF16)}
 # Cases of a default run and of a full one, where a body is interpreted fewer.
-SHARES = {"chunked": (200, 1500), "rows": (10, 150), "cut": (10, 150), "loss": (80, 500)}
+SHARES = {"chunked": (100, 1000), "compiled": (200, 1000), "rows": (10, 150), "cut": (10, 150), "loss": (80, 500)}
 SETTINGS = settings(
     derandomize=True, deadline=None, database=None, print_blob=True,
     phases=(Phase.explicit, Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
@@ -84,14 +85,14 @@ VIEWS = {
 def cases(body: str) -> st.SearchStrategy[Case]:
     """Strategy of the calls that a body takes."""
     outputs = ["entropy", "is_top1", "mean_logit", "lse"] + ["log_collision"] * (body != "cut")
-    interpreted = body != "chunked"
+    interpreted = body in ("rows", "cut")
     most = (20, 40, 130) if interpreted else (80, 70, 600)
     every = st.builds(
         Case,
         n=st.integers(0, most[0]),
         d=st.integers(1, most[1]),
         v=st.integers(1, most[2]),
-        dtype=st.sampled_from(KERNEL_DTYPES if interpreted else (FP32, BF16, FP16, FP64)),
+        dtype=st.sampled_from(DTYPES.get(body, KERNEL_DTYPES)),
         needs=st.frozensets(st.sampled_from("hwbal")),
         entropy=st.booleans(),
         logps=st.booleans(),
@@ -277,8 +278,16 @@ FULL = pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.m
 
 
 @FULL
-def test_the_chunked_body(full):
+def test_the_chunked_body(full, monkeypatch):
+    monkeypatch.setattr(torch_rows, "implementation", lambda device, dtype: torch_rows)
     run_cases(cases("chunked"), lambda case: check(case, "chunked"), SHARES["chunked"][full])
+
+
+@FULL
+@pytest.mark.skipif(row_softmax_cpu.library() is None, reason="the row functions for a CPU are not built")
+def test_the_chunked_body_with_compiled_rows(full, monkeypatch):
+    monkeypatch.setattr(torch_rows, "implementation", lambda device, dtype: row_softmax_cpu)
+    run_cases(cases("compiled"), lambda case: check(case, "chunked"), SHARES["compiled"][full])
 
 
 @FULL

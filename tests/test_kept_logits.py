@@ -1,5 +1,7 @@
 """Logits in the memory of dweight: computed once, right wherever rows and slices end, not read once overwritten."""
 
+import importlib
+
 import pytest
 import torch
 from test_token_logps import OPTIONS, CountFlops, compare, make
@@ -23,13 +25,13 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(planner, "_TILE_ROWS", request.param)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "compiled", "triton"])
 def row_functions(request, monkeypatch):
     if request.param == "triton":
         pytest.importorskip("triton")
-        from prefkern.kernels import row_softmax
-
-        monkeypatch.setattr(torch_rows, "implementation", lambda device, dtype: row_softmax)
+    name = {"torch": "rows", "compiled": "kernels.row_softmax_cpu", "triton": "kernels.row_softmax"}[request.param]
+    module = importlib.import_module(f"prefkern.{name}")
+    monkeypatch.setattr(torch_rows, "implementation", lambda device, dtype: module)
     return request.param
 
 

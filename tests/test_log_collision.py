@@ -9,12 +9,12 @@ from numerics import DTYPES, assert_as_good_as_torch, row_stats
 from prefkern import rows as torch_rows
 
 pytest.importorskip("triton")
-from prefkern.kernels import row_softmax
+from prefkern.kernels import row_softmax, row_softmax_cpu
 
 EPS = 1e-6  # fp32 sums in another order than torch's
 PLAIN = pk.Head()
 FULL = pk.Head(softcap=5.0, logit_scale=1.3, temperature=0.7)
-BODIES = {"torch": torch_rows, "triton": row_softmax}
+BODIES = {"torch": torch_rows, "compiled": row_softmax_cpu, "triton": row_softmax}
 
 
 def make(n, v, dtype=torch.float32, spread=3.0):
