@@ -230,7 +230,9 @@ def test_what_is_trained_does_not_depend_on_checkpointing(tmp_path, lora):
 
 
 @pytest.mark.parametrize("loss", [
-    losses.DPO(), losses.get("kto"), losses.DPO(nll_weight=0.5), losses.get("tdpo2"), losses.get("adadpo"),
+    losses.DPO(), losses.get("tdpo2"),
+    *(pytest.param(loss, marks=pytest.mark.slow)
+      for loss in (losses.get("kto"), losses.DPO(nll_weight=0.5), losses.get("adadpo"))),
 ], ids=lambda loss: loss.name)  # fmt: skip
 @pytest.mark.parametrize("lora", [LORA, COPY, PLAIN], ids=["lora", "copy", "plain head"])
 def test_adapters_off_is_the_model_before_training(tmp_path, lora, loss):

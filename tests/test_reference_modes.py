@@ -63,8 +63,11 @@ class Record(TrainerCallback):
         self.steps.append({k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad})
 
 
-@pytest.mark.parametrize("dtype, bf16", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
-                         ids=["fp32", "bf16", "autocast"])  # fmt: skip
+@pytest.mark.parametrize("dtype, bf16", [
+    pytest.param(torch.float32, False, id="fp32"),
+    pytest.param(torch.bfloat16, False, id="bf16", marks=pytest.mark.slow),
+    pytest.param(torch.float32, True, id="autocast", marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
 @pytest.mark.parametrize("still", [
     ReferenceConfig("ema", decay=1.0), ReferenceConfig("periodic", every=NEVER),

@@ -93,7 +93,10 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora": {"r": 2, "dropout": 0.1}}], ids=["all weights", "lora"])
+@pytest.mark.parametrize("lora", [
+    pytest.param({}, id="all weights"),
+    pytest.param({"lora": {"r": 2, "dropout": 0.1}}, id="lora", marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.parametrize("name", STATES)
 def test_what_moves_with_the_policy_is_resumed_bitwise(tmp_path, monkeypatch, name, lora):
     """Killed after step 5, resumed from the checkpoint of step 4: between two copies, within a window."""
