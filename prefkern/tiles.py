@@ -57,14 +57,13 @@ def forward(
         units = [x.new_empty((gradient, x.shape[1])) if wants else None for x, wants in wanted]
     height, width = replace(plan, shape=(n, *plan.shape[1:])).tile  # whose N leaves out a reference's rows
     width = min(width, max(1, vocab), vocab if kept is None else kept.step)
-    want, want_top1 = {**want}, want.get("want_top1", False)
-    want.pop("want_top1", None)
-    walk = _Walk(operands, head, rows, want, width, hidden.new_empty(min(height, n) * width), kept)
-    sums = _nothing_seen(n, want, wide, hidden.device)
+    summed = {flag: wanted for flag, wanted in want.items() if flag != "want_top1"}
+    walk = _Walk(operands, head, rows, summed, width, hidden.new_empty(min(height, n) * width), kept)
+    sums = _nothing_seen(n, summed, wide, hidden.device)
     for block in _slices(0, n, height):
         own = RowSums(*(None if x is None else x[block] for x in sums))
         walk.block(block, labels_N[block], own, units if block.start < gradient else (None, None))
-    return statistics(sums, labels_N, vocab, head, want_top1=want_top1), *units
+    return statistics(sums, labels_N, vocab, head, want_top1=want.get("want_top1", False)), *units
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
