@@ -7,6 +7,9 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "prefkern" / "__init__.py").read_text(), re.MULTILINE)[1]
+# Not linked with an OpenMP: the one that torch has loaded serves, so that both share their threads.
+COMPILE = ["-O2", "-std=gnu++17", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE += ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # the last two: GCC 12's own headers
 
 setup(
     name="prefkern",
@@ -37,25 +40,16 @@ setup(
     packages=["prefkern", "prefkern.losses", "prefkern.kernels", "prefkern.training"],
     package_dir={"prefkern": "prefkern", "prefkern.kernels": "kernels", "prefkern.training": "training"},
     package_data={"prefkern": ["py.typed"]},
-    # Row functions for a CPU. No header of Python's is used; without a compiler that takes this, torch does the work.
-    # Not linked with an OpenMP: the one that torch has loaded serves, so that both share their threads.
+    # For a CPU. No header of Python's is used; without a compiler that takes them, torch does the work.
     ext_modules=[
         Extension(
-            "prefkern.kernels._row_softmax_cpu",
-            sources=["kernels/row_softmax_cpu.cpp"],
-            extra_compile_args=[
-                "-O2",
-                "-std=gnu++17",
-                "-fopenmp",
-                "-fno-exceptions",
-                "-fno-rtti",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-Wno-psabi",
-            ],
+            f"prefkern.kernels._{name}",
+            sources=[f"kernels/{name}.cpp"],
+            extra_compile_args=COMPILE,
             language="c++",
             optional=True,
         )
+        for name in ("row_softmax_cpu", "product_cpu")
     ],
     # Ranges are wide: the newest versions known to work together are in constraints.txt.
     install_requires=[

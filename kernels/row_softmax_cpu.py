@@ -8,8 +8,6 @@ machines where setup.py found no compiler. Each row is read from memory once and
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -18,6 +16,8 @@ from prefkern import rows
 from prefkern.gradients import stands_for_many
 from prefkern.head import Head, RowStats
 from prefkern.rows import RowSums
+
+from .compiled import load
 
 DTYPES = (torch.bfloat16, torch.float32)
 _SMALL = 1 << 14  # elements that one thread is done with before a second has woken
@@ -41,17 +41,9 @@ class _Upstream(ctypes.Structure):
     _fields_ = [("ignore_index", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ("lse", "g", "entropy", "e"))]
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled row functions; None where they were not built or cannot be loaded.
-
-    They take their threads from the OpenMP that torch has loaded, and are not linked with one of their own.
-    """
-    spec = importlib.util.find_spec("prefkern.kernels._row_softmax_cpu")
-    try:
-        return None if spec is None else ctypes.CDLL(spec.origin)
-    except OSError:
-        return None
+    """The compiled row functions; None where they are not there."""
+    return load("_row_softmax_cpu")
 
 
 def fold(tile: Tensor, labels_N: Tensor, head: Head, *, gradient: int = 0, **options) -> RowSums:

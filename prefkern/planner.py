@@ -177,14 +177,21 @@ class Plan:
         """Rows and vocabulary entries of a tile of the walk over the vocabulary: all rows, but on a CPU."""
         n, _, v = self.shape
         rows = n if self.device_type != "cpu" else max(1, min(n, 2 * _TILE_ROWS))
-        return max(1, rows), _fit(self._tile_elements, rows, v)
+        return max(1, rows), self._tile_width(rows)
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and vocabulary entries of a tile of logits that fits the workspace, where rows need not be whole."""
         n, _, v = self.shape
         rows = max(1, min(n, _TILE_ROWS, self._tile_elements))
-        return rows, _fit(self._tile_elements, rows, v)
+        return rows, self._tile_width(rows)
+
+    def _tile_width(self, rows: int) -> int:
+        vocab = self.shape[2]
+        width = _fit(self._tile_elements, rows, vocab)
+        # Rows of a tile that lie a multiple of 4 KiB apart meet in the same few sets of a CPU's cache.
+        aliases = self.device_type == "cpu" and width < vocab and width * self.itemsize % 4096 == 0
+        return width - _TILE if aliases and width > _TILE else width
 
     @property
     def _tile_elements(self) -> int:

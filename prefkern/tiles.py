@@ -26,7 +26,7 @@ from torch import Tensor
 from prefkern.head import Head, Operands, RowStats
 from prefkern.kept_logits import KeptLogits
 from prefkern.planner import Plan
-from prefkern.products import product
+from prefkern.products import blend_product
 from prefkern.reference import accumulator
 from prefkern.rows import RowSums, logp, slope_of, statistics
 
@@ -108,7 +108,7 @@ class _Walk:
             )  # fmt: skip
             decay, gain = _merge(own, sums)
             for acc, (_, w) in zip(accs, pairs):
-                acc.mul_(decay[:count, None]).addcmul_(product(tile[:count], w[part]), gain[:count, None])
+                blend_product(acc, decay[:count], tile[:count], w[part], gain[:count])
         first = RowSums(*(None if x is None else x[:count] for x in sums))
         for acc, (unit, w) in zip(accs, pairs):
             self._finish(acc, w, labels[:count], first, unit)

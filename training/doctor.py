@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from prefkern import __version__
-from prefkern.kernels import row_softmax_cpu
+from prefkern.kernels import product_cpu, row_softmax_cpu
 from prefkern.planner import explain, triton_obstacle
 from prefkern.training.errors import ConfigError
 
@@ -95,9 +95,10 @@ def _versions() -> Iterator[str]:
 
 def _devices() -> Iterator[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    library = row_softmax_cpu.library()
-    rows = f"compiled, {library.prefkern_limit_lanes(16)} lanes" if library else "by torch (not compiled)"
-    yield f"cpu: {cores} cores, {torch.get_num_threads()} torch threads; row functions {rows}"
+    yield f"cpu: {cores} cores, {torch.get_num_threads()} torch threads"
+    rows = "by torch (not compiled)" if row_softmax_cpu.library() is None else "compiled"
+    products = "by torch" if product_cpu.library() is None else "compiled"
+    yield f"     row functions {rows}, bf16 products {products}"
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
