@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def fold(tile: Tensor, labels_N: Tensor, head: Head, *, gradient: int = 0, **options) -> RowSums:
-    """As `rows.fold`; of the tile only the rows that want a gradient are written over."""
+    """As `rows.fold`; of the tile only the rows that want a gradient are written over, whatever `overwrite` allows."""
     if not _served(tile):
         return rows.fold(tile, labels_N, head, gradient=gradient, **options)
     return _fold(tile, labels_N, head, gradient=gradient, **options)

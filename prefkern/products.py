@@ -23,7 +23,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         a: (M, K); b: (K, L), of one dtype, any strides.
         out: (M, L) memory that may be used for the result. It need not be: use what is returned.
     """
-    if _compiled_serves(a, b, out):
+    if _compiled_serves(a, b, out, a.dtype):
         out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
         _compiled(out, a, b)
         return out
@@ -41,7 +41,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """total += alpha * a @ b with an fp32 total, the product kept in fp32 where the library can."""
-    if _compiled_serves(a, b, total):
+    if _compiled_serves(a, b, total, torch.float32):
         _compiled(total, a, b, gain=None if alpha == 1.0 else total.new_full((len(total),), alpha))
     elif a.dtype == total.dtype and not _onednn_serves(a, b):
         total.addmm_(a, b, alpha=alpha)
@@ -53,19 +53,23 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None
 
 def blend_product(total: Tensor, keep_N: Tensor, a: Tensor, b: Tensor, gain_N: Tensor) -> None:
     """total = keep total + gain (a @ b) with an fp32 total and factors for each of its rows."""
-    if _compiled_serves(a, b, total):
+    if _compiled_serves(a, b, total, torch.float32):
         _compiled(total, a, b, keep_N, gain_N)
     else:
         total.mul_(keep_N[:, None]).addcmul_(product(a, b), gain_N[:, None])
 
 
-def _compiled_serves(a: Tensor, b: Tensor, out: Tensor | None) -> bool:
-    """Whether hand-written code takes these two and is the faster: bf16 matrices on some x86 processors."""
+def _compiled_serves(a: Tensor, b: Tensor, out: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether hand-written code takes these two and is the faster: bf16 matrices on some x86 processors.
+
+    Args:
+        dtype: of the result: bf16 is written over, fp32 is added to.
+    """
     if a.dtype != torch.bfloat16 or a.device.type != "cpu":
         return False
     from prefkern.kernels import product_cpu
 
-    return product_cpu.serves(a, b) and (out is None or (out.dtype in (a.dtype, torch.float32) and out.stride(1) == 1))
+    return product_cpu.serves(a, b) and (out is None or (out.dtype == dtype and out.stride(1) == 1))
 
 
 def _compiled(*args: Tensor | None, **factors: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """The compiled product of bf16 matrices: right for any shape and layout, within its memory, whatever the threads."""
 
 import itertools
+import subprocess
 import sys
 
 import pytest
@@ -60,7 +61,7 @@ def test_odd_sizes(rows, columns, depth, a_transposed, b_transposed):
 @pytest.mark.parametrize("a_transposed, b_transposed", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1024, 320, 1024), (1031, 200, 2100), (130, 70, 16_387), (4099, 96, 1030)], ids=str)
 def test_large(shape, a_transposed, b_transposed):
-    """Several pieces of depth, panels cut into ranges, and more rows than are packed at a time."""
+    """Several pieces of depth, and panels cut into ranges."""
     check(*shape, a_transposed, b_transposed)
 
 
@@ -152,8 +153,13 @@ def test_the_head_uses_it(kind):
     assert counter.get_total_flops() == (4 if kind == "frozen" else 6) * n * d * v
 
 
-def test_importing_it_does_not_import_triton():
-    import subprocess
+def test_a_sum_in_bf16_is_added_to_all_the_same():
+    x = matrix(128, 128, False, 0, 1)
+    total = torch.ones(128, 128, dtype=BF16)
+    products.add_product(total, x, x)
+    torch.testing.assert_close(total.double(), 1 + x.double() @ x.double(), rtol=2e-2, atol=2e-2)
 
+
+def test_importing_it_does_not_import_triton():
     script = "import sys, prefkern.kernels.product_cpu; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -1,5 +1,6 @@
 """The compiled row functions against float64, at every vector width that this processor has; and when they serve."""
 
+import json
 import os
 import subprocess
 import sys
@@ -225,4 +226,4 @@ print("row work by torch" in pk.explain(5, 8, 30), pk.token_logps(hidden, weight
     hidden, weight = torch.randn(5, 8, generator=g), torch.randn(30, 8, generator=g)
     want = pk.token_logps(hidden, weight, torch.arange(5)).logps
     assert said == "True"
-    torch.testing.assert_close(torch.tensor(eval(values)), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(json.loads(values)), want, rtol=1e-6, atol=1e-6)
