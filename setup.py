@@ -44,12 +44,16 @@ setup(
     ext_modules=[
         Extension(
             f"prefkern.kernels._{name}",
-            sources=[f"kernels/{name}.cpp"],
+            sources=[f"kernels/{source}.cpp" for source in sources],
+            depends=["kernels/bf16_cpu.h"],
             extra_compile_args=COMPILE,
             language="c++",
             optional=True,
         )
-        for name in ("row_softmax_cpu", "product_cpu")
+        for name, sources in {
+            "row_softmax_cpu": ["row_softmax_cpu"],
+            "product_cpu": ["product_cpu", "lm_head_cpu"],
+        }.items()
     ],
     # Ranges are wide: the newest versions known to work together are in constraints.txt.
     install_requires=[

@@ -22,7 +22,7 @@ from .compiled import load
 _LEAST = 64  # rows, columns and depth below which packing is not worth its time
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("transposed", ctypes.c_int64)]
 
 
@@ -85,7 +85,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor, keep: Tensor | None = None, gain
         *(None if x is None else x.data_ptr() for x in (keep, gain)),
     )  # fmt: skip
     sizes = map(ctypes.c_int64, (rows, columns, depth, torch.get_num_threads()))
-    if not library().prefkern_product(*map(ctypes.byref, (_matrix(a), _matrix(b), result)), *sizes):
+    if not library().prefkern_product(*map(ctypes.byref, (matrix(a), matrix(b), result)), *sizes):
         raise MemoryError(f"no memory to multiply {tuple(a.shape)} by {tuple(b.shape)}")
 
 
@@ -103,9 +103,10 @@ if "torch.utils.flop_counter" in sys.modules:
     _count_flops()
 
 
-def _matrix(x: Tensor) -> _Matrix:
+def matrix(x: Tensor) -> Matrix:
+    """The argument for x, whose rows or columns are runs of memory."""
     transposed = x.stride(1) != 1
-    return _Matrix(x.data_ptr(), x.stride(0 if not transposed else 1), transposed)
+    return Matrix(x.data_ptr(), x.stride(0 if not transposed else 1), transposed)
 
 
 def _is_lines(x: Tensor) -> bool:

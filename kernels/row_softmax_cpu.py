@@ -8,13 +8,14 @@ machines where setup.py found no compiler. Each row is read from memory once and
 from __future__ import annotations
 
 import ctypes
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from prefkern import rows
 from prefkern.gradients import stands_for_many
-from prefkern.head import Head, RowStats
+from prefkern.head import Head, Operands, RowStats
 from prefkern.rows import RowSums
 
 from .compiled import load
@@ -123,6 +124,13 @@ def row_softmax_backward(
     factors = _Upstream(head.ignore_index, *map(_address, (lse, g, entropy, e)))
     library().prefkern_gradient(ctypes.byref(_tile(logits_NV, out, labels, bias, head)), ctypes.byref(factors))
     return out
+
+
+def whole_head(operands: Operands, head: Head, want: dict[str, bool]) -> ModuleType | None:
+    """As `rows.whole_head`."""
+    from . import lm_head_cpu
+
+    return lm_head_cpu if lm_head_cpu.serves(operands, head, want) else None
 
 
 def _served(x_NV: Tensor) -> bool:

@@ -11,18 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefkern import rows as torch_rows
 from prefkern import tiles
+from prefkern.gradients import stands_for_many
 from prefkern.head import Head, Operands, RowStats
 from prefkern.kept_logits import KeptLogits, memory_like
 from prefkern.planner import Plan
 from prefkern.products import add_product, product_into
 from prefkern.reference import accumulator
+
+if TYPE_CHECKING:
+    from prefkern.kernels import lm_head_cpu
 
 # Labels of a slice are taken less its start; these two values can then not be mistaken for a label.
 _ELSEWHERE, _IGNORED = -1, -2
@@ -101,6 +105,9 @@ def backward(
 ) -> Gradients:
     """Gradients of the operands that `needs` says; kept: what forward left, written over if weight is one of them."""
     ignored = labels_N == head.ignore_index
+    whole, slices = torch_rows.whole_head(rows, operands, head), None
+    if whole is not None and not stands_for_many(grad_logps_N):
+        slices = whole.Gradient.of(operands, labels_N, head, stats, grad_logps_N, grad_entropy_N)
     head = replace(head, ignore_index=_IGNORED)
 
     def gradient(logits: Tensor, block: slice, part: slice, out: Tensor) -> None:
@@ -114,7 +121,7 @@ def backward(
             grad_entropy_N=grad_entropy, out=out,
         )  # fmt: skip
 
-    return walk_vocabulary(operands, plan, gradient, needs, kept)
+    return walk_vocabulary(operands, plan, gradient, needs, kept, slices)
 
 
 def walk_vocabulary(
@@ -123,6 +130,7 @@ def walk_vocabulary(
     gradient: Callable[[Tensor, slice, slice, Tensor], None],
     needs: tuple[bool, ...],
     kept: KeptLogits | None = None,
+    slices: lm_head_cpu.Gradient | None = None,
 ) -> Gradients:
     """Gradients of the operands (as `needs` says), each in its parameter's dtype.
 
@@ -130,6 +138,7 @@ def walk_vocabulary(
         gradient: called with the raw logits (rows, width) of a tile, without the bias, the rows, the slice of the
             vocabulary, and where to write dL/dlogits: in their place, or elsewhere.
         kept: logits of leading rows; if weight needs a gradient, they are gone afterwards.
+        slices: what does all of it for the tiles that it takes, where there is neither bias nor adapter.
     """
     hidden, weight, bias, low, low_weight = operands
     (n, _), vocab, wide = hidden.shape, weight.shape[0], accumulator(hidden.dtype)
@@ -147,6 +156,14 @@ def walk_vocabulary(
     for i in range(0, vocab, step):
         part = slice(i, min(i + step, vocab))
         for block in blocks:
+            taken = slices is not None and slices.takes(part)
+            logits = _logits_of_tile(operands, block, part, kept, scratch) if taken else None
+            if logits is not None:
+                out = None if dweight is None else dweight.room(part)
+                slices.add(logits, block, part, None if dhidden is None else dhidden[block], out)
+                if dweight is not None:
+                    dweight.close(part)
+                continue
             dlogits = _of_tile(operands, block, part, gradient, kept, scratch)
             if dhidden is not None:
                 add_product(dhidden[block], dlogits, weight[part])
@@ -165,6 +182,15 @@ def walk_vocabulary(
         None if dlow is None else dlow.to(low.dtype),
         None if dlow_weight is None else dlow_weight.total,
     )
+
+
+def _logits_of_tile(
+    operands: Operands, block: slice, part: slice, kept: KeptLogits | None, scratch: Tensor
+) -> Tensor | None:
+    """Raw logits of a tile; None where some of its rows were kept and others not."""
+    if kept is None or kept.rows <= block.start:
+        return operands.logits(block, part, scratch)
+    return kept.slice(part)[block] if block.stop <= kept.rows else None
 
 
 def _of_tile(
@@ -205,14 +231,20 @@ class _OfVocabulary:
         shape = (min(step, operand.shape[0]), operand.shape[1])
         self.scratch = operand.new_empty(shape, dtype=wide) if apart else None
 
-    def add(self, part: slice, dlogits: Tensor, x: Tensor) -> None:
-        """dlogits.T @ x of the next row block of a slice; slices one after the other."""
+    def room(self, part: slice) -> Tensor:
+        """Where the next row block's share of a slice goes: written over if there is one block, else added to."""
         out, self.seen = self.total[part], (self.seen + 1) % self.blocks
         if self.blocks == 1:
-            return product_into(out, dlogits.t(), x)
+            return out
         sums = out if self.scratch is None else self.scratch[: out.shape[0]]
-        if self.seen == 1:
-            sums.zero_()
-        add_product(sums, dlogits.t(), x)
-        if self.seen == 0 and sums is not out:
-            out.copy_(sums)
+        return sums.zero_() if self.seen == 1 else sums
+
+    def close(self, part: slice) -> None:
+        """To be called when it is there."""
+        if self.seen == 0 and self.scratch is not None:
+            self.total[part] = self.scratch[: part.stop - part.start]
+
+    def add(self, part: slice, dlogits: Tensor, x: Tensor) -> None:
+        """dlogits.T @ x of the next row block of a slice; slices one after the other."""
+        (product_into if self.blocks == 1 else add_product)(self.room(part), dlogits.t(), x)
+        self.close(part)

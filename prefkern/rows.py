@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern.head import Head, RowStats
+from prefkern.head import Head, Operands, RowStats
 from prefkern.planner import uses_compiled, uses_triton
 from prefkern.reference import accumulator
 
@@ -248,3 +248,14 @@ def implementation(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
         return row_softmax_cpu
     return sys.modules[__name__]
+
+
+def whole_head(rows: ModuleType, operands: Operands, head: Head, **want: bool) -> ModuleType | None:
+    """The module that does a slice of the vocabulary in one go, products too; None where it takes several steps.
+
+    Args:
+        rows: the module of the row functions.
+        want: the optional statistics, as keywords of `row_softmax_forward`.
+    """
+    choose = getattr(rows, "whole_head", None)
+    return None if choose is None else choose(operands, head, want)

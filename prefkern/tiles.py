@@ -10,12 +10,15 @@ and where only hidden needs a gradient, its sums over the vocabulary, in fp32, f
     acc' = acc exp(top - top') + (e_t @ weight_t) exp(top_t - top'),    e_t = exp(z - top_t), 0 at the label
     u    = (1 - p_y) weight[y] - acc / sum
 
-The label's own share is left out and 1 - p_y taken from logp by expm1: where p_y is nearly 1, both would cancel.
+The label's own share is left out and 1 - p_y taken from logp by expm1: where p_y is nearly 1, both would cancel. Where
+compiled code does a tile in one go (`rows.whole_head`), top is not the maximum but a reference near the log-sum-exp; all
+of this holds for it too.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (online normaliser); the rest is derived.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -28,7 +31,7 @@ from prefkern.kept_logits import KeptLogits
 from prefkern.planner import Plan
 from prefkern.products import blend_product
 from prefkern.reference import accumulator
-from prefkern.rows import RowSums, logp, slope_of, statistics
+from prefkern.rows import RowSums, logp, slope_of, statistics, whole_head
 
 
 def forward(
@@ -58,12 +61,18 @@ def forward(
     height, width = replace(plan, shape=(n, *plan.shape[1:])).tile  # whose N leaves out a reference's rows
     width = min(width, max(1, vocab), vocab if kept is None else kept.step)
     summed = {flag: wanted for flag, wanted in want.items() if flag != "want_top1"}
-    walk = _Walk(operands, head, rows, summed, width, hidden.new_empty(min(height, n) * width), kept)
+    want_top1 = want.get("want_top1", False)
+    whole = whole_head(rows, operands, head, **want)
+    walk = _Walk(operands, head, rows, summed, width, min(height, n) * width, kept, whole)
     sums = _nothing_seen(n, summed, wide, hidden.device)
+    top = torch.full_like(sums.top, -torch.inf) if want_top1 else None
     for block in _slices(0, n, height):
         own = RowSums(*(None if x is None else x[block] for x in sums))
-        walk.block(block, labels_N[block], own, units if block.start < gradient else (None, None))
-    return statistics(sums, labels_N, vocab, head, want_top1=want.get("want_top1", False)), *units
+        own_top = None if top is None else top[block]
+        walk.block(block, labels_N[block], own, own_top, units if block.start < gradient else (None, None))
+    if top is not None:
+        _refer_to(sums, top)
+    return statistics(sums, labels_N, vocab, head, want_top1=want_top1), *units
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -90,22 +99,33 @@ class _Walk:
     rows: ModuleType
     want: dict[str, bool]
     width: int
-    scratch: Tensor  # of one tile
+    size: int  # of a tile, the largest
     kept: KeptLogits | None
+    whole: ModuleType | None  # what folds a slice in one go, where it serves
 
-    def block(self, block: slice, labels: Tensor, sums: RowSums, units: Sequence[Tensor | None]) -> None:
-        """Sums of a block of rows, and the gradients of hidden and low of those that `units` has."""
+    def block(
+        self, block: slice, labels: Tensor, sums: RowSums, top: Tensor | None, units: Sequence[Tensor | None]
+    ) -> None:
+        """Sums of a block of rows, their largest z, and the gradients of hidden and low of those that `units` has."""
         _, weight, bias, _, low_weight = self.operands
         vocab = weight.shape[0]
         pairs = [(unit[block], w) for unit, w in zip(units, (weight, low_weight)) if unit is not None]
         count = pairs[0][0].shape[0] if pairs else 0
         accs = [torch.zeros(unit.shape, dtype=sums.sum.dtype, device=unit.device) for unit, _ in pairs]
+        packed = None if self.whole is None else self.whole.Rows.of(self.operands.hidden[block], labels, self.head)
         for part in _slices(0, vocab, self.width):
-            tile, is_kept = self._tile(block, part)
+            room = None if self.kept is None else self.kept.room(block, part)
+            if packed is not None and (self.kept is None or room is not None):
+                acc = accs[0] if accs else None
+                if packed.fold(weight[part], part.start, sums, top, logits=room, acc=acc):
+                    continue
+            tile, is_kept = self._tile(block, part, room)
             own = self.rows.fold(
                 tile, labels - part.start, self.head, bias_V=None if bias is None else bias[part], **self.want,
                 gradient=count, overwrite=not is_kept,
             )  # fmt: skip
+            if top is not None:
+                torch.maximum(top, own.top, out=top)
             decay, gain = _merge(own, sums)
             for acc, (_, w) in zip(accs, pairs):
                 blend_product(acc, decay[:count], tile[:count], w[part], gain[:count])
@@ -113,9 +133,12 @@ class _Walk:
         for acc, (unit, w) in zip(accs, pairs):
             self._finish(acc, w, labels[:count], first, unit)
 
-    def _tile(self, block: slice, part: slice) -> tuple[Tensor, bool]:
-        """Raw logits, and whether they lie where backward will look for them."""
-        room = None if self.kept is None else self.kept.room(block, part)
+    @functools.cached_property
+    def scratch(self) -> Tensor:
+        return self.operands.hidden.new_empty(self.size)
+
+    def _tile(self, block: slice, part: slice, room: Tensor | None) -> tuple[Tensor, bool]:
+        """Raw logits, and whether they lie where backward will look for them: in `room`."""
         tile = self.operands.logits(block, part, self.scratch if room is None else room.view(-1))
         if room is None:
             if self.kept is not None:
@@ -135,6 +158,16 @@ class _Walk:
         acc.div_(-sums.sum[:, None]).addcmul_(own, rest[:, None])
         unit.copy_(acc.mul_(scale) if scale != 1.0 else acc)
         unit.masked_fill_((labels == self.head.ignore_index)[:, None], 0.0)
+
+
+def _refer_to(sums: RowSums, top: Tensor) -> None:
+    """The same sums, of exp(z - top) where they were of another reference."""
+    shift = (sums.top - top).masked_fill_(top.isneginf(), 0.0)
+    factor = shift.exp()
+    if sums.dot is not None:
+        sums.dot.addcmul_(sums.sum, shift).mul_(factor)
+    sums.sum.mul_(factor)
+    sums.top.copy_(top)
 
 
 def _merge(tile: RowSums, mine: RowSums) -> tuple[Tensor, Tensor]:

@@ -141,7 +141,9 @@ def test_sdist_holds_what_building_and_testing_need(tree: Path, archives: dict[s
     expected = {".ci/run"} | {name for name in TREE if (tree / name).is_file()}
     for folder in ("bench", "kernels", "prefkern", "tests", "training"):
         expected |= {str(path.relative_to(tree)) for path in (tree / folder).rglob("*.py")}
-        expected |= {str(path.relative_to(tree)) for path in (tree / folder).rglob("*.cpp")}
+        expected |= {
+            str(path.relative_to(tree)) for ending in ("cpp", "h") for path in (tree / folder).rglob(f"*.{ending}")
+        }
     expected |= {str(path.relative_to(tree)) for path in (tree / "tests").rglob("*.json")}
     assert expected <= names
 

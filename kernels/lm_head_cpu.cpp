@@ -1,0 +1,422 @@
+// An LM head on a CPU, a slice of the vocabulary at a time. Called through lm_head_cpu.py.
+//
+// Forward: logits that are folded into sums while they are in registers. Each row has a reference r that is near the
+// log-sum-exp of what was seen before, not the maximum of the slice, which is known only when all of it is. So a
+// logit's exponential can be taken at once, and nothing has to be read twice:
+//
+//     e = exp(z - r);   sum += sum_v e,   dot += sum_v e (z - r),   acc += e @ weight,   e 0 at the label in the latter
+//
+// Any r would do that neither overflows nor loses all to underflow: e has fp32's range in bf16 too. When a sum leaves
+// [1/16, 16], r moves by a whole number, and what was summed is scaled. A slice of which a row's sum leaves what fp32
+// can hold comfortably is given up before anything was changed, and its caller does it by other means.
+//
+// Backward: each logit is read once, and its gradient lies in memory as the two products that follow read it, packed.
+
+#if defined(__x86_64__)
+
+#include <math.h>
+
+#include "bf16_cpu.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+extern "C" {
+
+struct Slice {
+    const uint32_t* hidden;  // (rows, depth), packed by prefkern_pack_rows
+    Matrix weight;           // (width, depth), a line an entry
+    int64_t rows, width, depth;
+    const int64_t* labels;
+    int64_t first;  // the label of the slice's first entry
+    float scale;    // z = scale * logit
+    int32_t threads;
+    uint16_t* logits;  // (rows, width), written; or null
+    float* acc;        // (gradient, depth), or null
+    int64_t logits_stride, acc_stride, gradient;
+    float *reference, *sum, *label;  // of each row; label: z of the label where this slice has it, else as it was
+    float *dot, *top;                // the same, or both null: not wanted. top: the largest z
+};
+
+struct Upstream {
+    const uint16_t* logits;  // (rows, width)
+    Matrix hidden, weight;   // (rows, depth) and (width, depth), lines
+    int64_t rows, width, depth, logits_stride;
+    const int64_t* labels;
+    int64_t first, ignore_index;
+    float scale;  // z = scale * logit
+    int32_t threads;
+    const float *lse, *g, *entropy, *e;  // of each row; the last two null: no gradient of the entropy
+    float* dhidden;                      // (rows, depth), added to; or null
+    uint16_t* dweight;                   // (width, depth), written over, be it the logits; or null
+    float* dweight_sum;                  // (width, depth), added to; or null
+    int64_t dhidden_stride, dweight_stride;
+};
+}
+
+namespace {
+
+// exp(x), for x of at most 87, to about 1 + |x| units in the last place: most where it matters in a sum. The polynomial
+// is the best of its degree for 2^f on [-1/2, 1/2].
+ISA INLINE __m512 exponential(__m512 x) {
+    // The maximum in this order lets NaN pass.
+    const __m512 t = _mm512_max_ps(_mm512_set1_ps(-1000.0f), _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)));
+    const __m512 n = _mm512_roundscale_ps(t, 0), f = _mm512_sub_ps(t, n);
+    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(1.5461445e-4f), _mm512_set1_ps(1.3400428e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6180569e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5503272e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f)), n);
+}
+
+// 32 bf16 as fp32: those in even and those in odd places.
+ISA INLINE void widen(__m512i halves, __m512& even, __m512& odd) {
+    even = (__m512)_mm512_slli_epi32(halves, 16), odd = (__m512)_mm512_and_si512(halves, _mm512_set1_epi32(-65536));
+}
+
+// And back, rounded.
+ISA INLINE __m512i narrowed(__m512 even, __m512 odd) {
+    const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+// What a block of logits leaves.
+template <bool SCALES>
+struct Folded {
+    const float* reference;  // of its rows
+    float scale;
+    uint16_t* logits;
+    long stride;
+    bool is_far;                // logits go to memory past the caches, which have no use for them
+    float *sums, *dots, *tops;  // of its rows, over its columns; the last two may be null
+    uint32_t* e;                // [32][6] words, as a block of A of the product with the weight; or null
+
+    ISA MEMBER void take(const Block& block) const {
+        __m512i packed[2][MR];
+        UNROLL
+        for (int i = 0; i < MR; i++) {
+            __m512 z[4], e[4];
+            const __m512 r = _mm512_set1_ps(reference[i]);
+            UNROLL
+            for (int j = 0; j < 4; j += 2) {
+                const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(block[i][j + 1], block[i][j]);
+                __m512i* const to = (__m512i*)(logits + i * stride + 16 * j);
+                is_far ? _mm512_stream_si512(to, rounded) : _mm512_storeu_si512(to, rounded);
+                widen(rounded, z[j], z[j + 1]);
+            }
+            UNROLL
+            for (int j = 0; j < 4; j++) {
+                if (SCALES) z[j] = _mm512_mul_ps(z[j], _mm512_set1_ps(scale));
+                asm("" : "+v"(z[j]));  // rounded, as the label's is: not fused with the difference
+                e[j] = exponential(_mm512_sub_ps(z[j], r));
+            }
+            sums[i] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3])));
+            if (dots) {
+                __m512 dot = _mm512_setzero_ps(), top = z[0];
+                UNROLL
+                for (int j = 0; j < 4; j++) {
+                    // 0 times an excluded logit shall be 0.
+                    dot = _mm512_fmadd_ps(e[j], _mm512_max_ps(_mm512_sub_ps(z[j], r), _mm512_set1_ps(-1e30f)), dot);
+                    top = _mm512_max_ps(top, z[j]);
+                }
+                dots[i] = _mm512_reduce_add_ps(dot), tops[i] = _mm512_reduce_max_ps(top);
+            }
+            packed[0][i] = narrowed(e[0], e[1]), packed[1][i] = narrowed(e[2], e[3]);
+        }
+        if (!e) return;
+        pack_words(packed[0], e), pack_words(packed[1], e + 16 * MR);
+    }
+};
+
+// Blocks of logits, and where what they leave is gathered.
+struct Gathered {
+    const Slice* slice;
+    const float* reference;     // of every row, and as many zeros as fill the last block
+    float *sums, *dots, *tops;  // [panel][rows], rows as many as fill blocks
+    float* labels;              // of the rows whose label is in the slice
+    uint32_t* e;
+    long rows, apart;
+
+    ISA MEMBER void block(const Kernel& kernel, long block, long count, long column, long) const {
+        const long row = block * MR, at = column / NR * rows + row;
+        alignas(64) uint16_t edge[MR * NR];
+        const bool is_kept = slice->logits && count == MR;  // in their place, else on the way
+        uint16_t* const logits = is_kept ? slice->logits + row * slice->logits_stride + column : edge;
+        const long stride = is_kept ? slice->logits_stride : NR;
+        uint32_t* const words = e ? e + block * apart + column / 2 * MR : nullptr;
+        const bool is_far = is_kept && uintptr_t(logits) % 64 == 0 && stride % 32 == 0;
+        if (is_kept && !is_far) prefetch_block(logits, stride);
+        for (long i = 0; words && i < MR * NR / 2; i += 16) __builtin_prefetch(words + i, 1);
+        float *const sum = sums + at, *const dot = dots ? dots + at : nullptr, *const top = tops ? tops + at : nullptr;
+        if (slice->scale == 1)
+            kernel.run(Folded<false>{reference + row, 1, logits, stride, is_far, sum, dot, top, words});
+        else
+            kernel.run(Folded<true>{reference + row, slice->scale, logits, stride, is_far, sum, dot, top, words});
+        if (slice->logits && !is_kept)
+            for (long y = 0; y < count; y++)
+                memcpy(slice->logits + (row + y) * slice->logits_stride + column, edge + y * NR, sizeof *edge * NR);
+        for (long y = 0; y < count; y++) {
+            const uint64_t label = slice->labels[row + y] - slice->first - column;
+            if (label >= NR) continue;
+            const uint32_t bits = uint32_t(logits[y * stride + label]) << 16;
+            float z;
+            memcpy(&z, &bits, sizeof z);
+            labels[row + y] = z * slice->scale;
+            if (words) ((uint16_t*)(words + label / 2 * MR + y))[label % 2] = 0;
+        }
+    }
+};
+
+// A thread's share of memory that is about to be written: pages that are not there yet are made all at once, for two
+// thirds of what as many faults cost. Where the kernel cannot do that, they are made one by one.
+void make_pages(void* memory, size_t bytes, long thread, long team) {
+#if defined(__linux__)
+    const int populate_write = 23;  // MADV_POPULATE_WRITE, of Linux 5.14
+    const uintptr_t at = (uintptr_t)memory, page = ~uintptr_t(4095);
+    const uintptr_t begin = (at + bytes * thread / team) & page, end = (at + bytes * (thread + 1) / team) & page;
+    if (begin < end) madvise((void*)begin, end - begin, populate_write);
+#endif
+}
+
+// A slice's fold into the sums of the rows.
+struct Fold {
+    const Slice& slice;
+    long rows, panels;  // rows: as many as fill blocks
+    float *reference, *sums, *dots, *tops, *labels;
+    float *next_sum, *next_dot, *next_top, *shift, *factor;  // of each row: what they will be
+    std::atomic<bool> is_refused{false}, has_shifts{false};
+
+    Fold(const Slice& slice) : slice(slice), rows((slice.rows + MR - 1) / MR * MR), panels(slice.width / NR) {}
+
+    static constexpr long OF_ROWS = 7;
+
+    size_t words() const { return OF_ROWS * rows + (slice.dot ? 3 : 1) * rows * panels; }
+
+    void place(float* memory) {
+        float** const of_rows[OF_ROWS] = {&reference, &labels, &next_sum, &next_dot, &next_top, &shift, &factor};
+        for (float** of : of_rows) *of = memory, memory += rows;
+        sums = memory;
+        dots = slice.dot ? sums + rows * panels : nullptr, tops = slice.dot ? dots + rows * panels : nullptr;
+        for (long row = 0; row < rows; row++) {
+            const bool is_new = row >= slice.rows || slice.reference[row] == -INFINITY;
+            reference[row] = is_new ? 0 : slice.reference[row];
+            if (row < slice.rows) labels[row] = slice.label[row];
+        }
+    }
+
+    // Of some rows: what the slice makes of their sums.
+    ISA void merge(long begin, long end) {
+        for (long row = begin; row < end; row++) {
+            next_sum[row] = slice.sum[row];
+            if (dots) next_dot[row] = slice.dot[row], next_top[row] = slice.top[row];
+        }
+        for (long at = 0; at < rows * panels; at += rows) {
+#pragma omp simd
+            for (long row = begin; row < end; row++) next_sum[row] += sums[at + row];
+            if (!dots) continue;
+#pragma omp simd
+            for (long row = begin; row < end; row++) {
+                next_dot[row] += dots[at + row];
+                next_top[row] = tops[at + row] > next_top[row] ? tops[at + row] : next_top[row];
+            }
+        }
+        for (long row = begin; row < end; row++) {
+            const float sum = next_sum[row];
+            if (!(sum > 1e-30f && sum < 1e30f)) is_refused = true;
+            shift[row] = sum >= 0.0625f && sum <= 16.0f ? 0.0f : rintf(logf(sum));
+            factor[row] = 1.0f;
+            if (shift[row] == 0) continue;
+            has_shifts = true;
+            factor[row] = expf(-shift[row]);
+            next_sum[row] = sum * factor[row];
+            if (dots) next_dot[row] = (next_dot[row] - shift[row] * sum) * factor[row];
+        }
+    }
+
+    void commit(long begin, long end) {
+        for (long row = begin; row < end; row++) {
+            slice.reference[row] = reference[row] + shift[row];
+            slice.sum[row] = next_sum[row], slice.label[row] = labels[row];
+            if (dots) slice.dot[row] = next_dot[row], slice.top[row] = next_top[row];
+        }
+    }
+};
+
+// dL/dlogits = g (onehot - p) - e p (log p + entropy), p = exp(z - lse), as two products read it.
+struct Gradient {
+    static constexpr long STRIP_COLUMNS = STRIP * MR, GROUPS = STRIP_COLUMNS / 32;
+    static constexpr long AHEAD = 16 * MR;  // words, of what is fetched for writing
+
+    const Upstream& of;
+    Rows by_row, by_column;  // packed: rows of it, for dhidden, and columns, for dweight; rows null: not wanted
+    uint32_t *to_row, *to_column;
+    std::atomic<long> next{0};
+
+    Gradient(const Upstream& of) : of(of), by_row(of.rows, of.width), by_column(of.width, of.rows) {}
+
+    ISA void work() {
+        for (long column; (column = next++ * STRIP_COLUMNS) < of.width;)
+            for (long row = 0; row < of.rows; row += MR) strip(row, column);
+    }
+
+    // 6 rows and up to 96 columns.
+    ISA void strip(long row, long column) {
+        const long groups = std::min(GROUPS, (of.width - column) / 32), count = std::min(MR, of.rows - row);
+        __m512i d[GROUPS][MR];
+        for (long i = 0; i < MR; i++) {
+            const bool is_live = i < count && of.labels[row + i] != of.ignore_index;
+            if (row + 4 * MR + i < of.rows)
+                for (long t = 0; t < groups; t++)
+                    prefetch(of.logits + (row + 4 * MR + i) * of.logits_stride + column + 32 * t);
+            for (long t = 0; t < groups; t++)
+                d[t][i] = is_live ? of_logits(row + i, column + 32 * t) : _mm512_setzero_si512();
+        }
+        if (to_row)
+            for (long t = 0; t < groups; t++)
+                pack_words(d[t], to_row + row / MR * by_row.apart + (column / 2 + 16 * t) * MR);
+        if (!to_column) return;
+        const __m512i low = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
+                      high = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+        const long blocks = std::min(STRIP, by_column.blocks - column / MR);
+        uint32_t* const first = to_column + column / MR * by_column.apart + row / 2 * MR;
+        for (long i = 0; i < blocks; i++) __builtin_prefetch(first + i * by_column.apart + AHEAD, 1);
+        for (long pair = 0; pair < MR / 2; pair++) {
+            alignas(64) uint32_t words[STRIP_COLUMNS] = {};
+            for (long t = 0; t < groups; t++) {
+                const __m512i x = _mm512_unpacklo_epi16(d[t][2 * pair], d[t][2 * pair + 1]),
+                              y = _mm512_unpackhi_epi16(d[t][2 * pair], d[t][2 * pair + 1]);
+                _mm512_store_si512(words + 32 * t, _mm512_permutex2var_epi64(x, low, y));
+                _mm512_store_si512(words + 32 * t + 16, _mm512_permutex2var_epi64(x, high, y));
+            }
+            uint32_t* to = first + pair * MR;
+            for (long i = 0; i < blocks; i++, to += by_column.apart) {
+                _mm_storeu_si128((__m128i*)to, _mm_loadu_si128((const __m128i*)(words + MR * i)));
+                _mm_storel_epi64((__m128i*)(to + 4), _mm_loadl_epi64((const __m128i*)(words + MR * i + 4)));
+            }
+        }
+    }
+
+    // 32 columns of a row, rounded to bf16.
+    ISA MEMBER __m512i of_logits(long row, long column) const {
+        const uint16_t* const from = of.logits + row * of.logits_stride + column;
+        __m512 half[2];
+        widen(_mm512_loadu_si512(from), half[0], half[1]);
+        const uint64_t label = of.labels[row] - of.first - column;
+        UNROLL
+        for (unsigned j = 0; j < 2; j++) {
+            const __mmask16 hit = label < 32 && label % 2 == j ? 1 << label / 2 : 0;
+            const __m512 z = _mm512_mul_ps(half[j], _mm512_set1_ps(of.scale));
+            const __m512 log_p = _mm512_sub_ps(z, _mm512_set1_ps(of.lse[row])), p = exponential(log_p);
+            const __m512 g = _mm512_set1_ps(of.g[row]);
+            __m512 factor = g;
+            if (of.e) {
+                const __m512 finite = _mm512_max_ps(log_p, _mm512_set1_ps(-1e30f));
+                factor = _mm512_fmadd_ps(_mm512_add_ps(finite, _mm512_set1_ps(of.entropy[row])),
+                                         _mm512_set1_ps(of.e[row]), g);
+            }
+            half[j] = _mm512_fnmadd_ps(p, factor, _mm512_maskz_mov_ps(hit, g));
+        }
+        return narrowed(half[0], half[1]);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Words of packed rows, each of 4 bytes.
+int64_t prefkern_packed_words(int64_t rows, int64_t depth) { return Rows(rows, depth).words(); }
+
+void prefkern_pack_rows(const Matrix* a, int64_t rows, int64_t depth, uint32_t* out, int64_t threads) {
+    const Rows packed(rows, depth);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < packed.blocks; i++)
+        pack_block(*a, i * MR, std::min(MR, rows - i * MR), depth, out + i * packed.apart);
+}
+
+// Folds a slice, whose width is a multiple of 64, into the rows' sums. Returns 0 where that was done, 1 where a row's
+// sum does not allow it, 2 where memory was refused; in the latter two only `logits` may have been changed.
+int prefkern_head_slice(const Slice* of) {
+    const Slice& slice = *of;
+    Fold fold(slice);
+    const Rows e(slice.rows, slice.width);
+    const Matrix packed{nullptr, 0, 0}, columns{slice.weight.data, slice.weight.stride, 1};
+    Product<Gathered> logits(packed, columns,
+                             Gathered{&slice, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, fold.rows, e.apart},
+                             slice.rows, slice.width, slice.depth, slice.threads);
+    Product<Blended> gradient(packed, slice.weight, Blended{slice.acc, slice.acc_stride, nullptr, nullptr},
+                              slice.gradient, slice.depth, slice.width, slice.threads);
+    const size_t e_words = slice.acc ? e.words() : 0, panels = std::max(logits.words(), gradient.words());
+    const size_t fold_words = (fold.words() + 1023) / 1024 * 1024;
+    uint32_t* const memory = (uint32_t*)workspace.get(4 * (e_words + fold_words + panels * slice.threads));
+    if (!memory) return 2;
+    uint32_t* const own = memory + e_words + fold_words;
+    fold.place((float*)(memory + e_words));
+    Gathered& gathered = logits.output;
+    gathered.reference = fold.reference, gathered.labels = fold.labels;
+    gathered.sums = fold.sums, gathered.dots = fold.dots, gathered.tops = fold.tops;
+    gathered.e = slice.acc ? memory : nullptr;
+    logits.place((uint32_t*)slice.hidden, own, panels);
+    gradient.place(memory, own, panels);
+#pragma omp parallel num_threads(slice.threads)
+    {
+        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const long begin = slice.rows * thread / team, end = slice.rows * (thread + 1) / team;
+        if (slice.logits)
+            make_pages(slice.logits, slice.rows * slice.logits_stride * sizeof *slice.logits, thread, team);
+        logits.work(thread, team);
+        _mm_sfence();
+#pragma omp barrier
+        fold.merge(begin, end);
+#pragma omp barrier
+        if (!fold.is_refused) {
+            if (slice.acc) {
+#pragma omp single
+                if (fold.has_shifts) gradient.output.keep = gradient.output.gain = fold.factor;
+                gradient.work(thread, team);
+            }
+            fold.commit(begin, end);
+        }
+    }
+    return fold.is_refused;
+}
+
+// dhidden and dweight of a slice, whose width is a multiple of 32. Returns 0, or 2 where memory was refused.
+int prefkern_gradient_slice(const Upstream* of) {
+    const Upstream& slice = *of;
+    Gradient gradient(slice);
+    const Matrix packed{nullptr, 0, 0};
+    const bool has_sum = slice.dweight_sum, has_weight = slice.dweight || has_sum;
+    const long rows = slice.rows, width = slice.width, depth = slice.depth, threads = slice.threads;
+    Product<Blended> dhidden(packed, slice.weight, Blended{slice.dhidden, slice.dhidden_stride, nullptr, nullptr}, rows,
+                             depth, width, threads);
+    Product<Written> dweight(packed, slice.hidden, Written{slice.dweight, slice.dweight_stride}, width, depth, rows,
+                             threads);
+    Product<Blended> dweight_sum(packed, slice.hidden,
+                                 Blended{slice.dweight_sum, slice.dweight_stride, nullptr, nullptr}, width, depth, rows,
+                                 threads);
+    const size_t by_row = slice.dhidden ? gradient.by_row.words() : 0,
+                 by_column = has_weight ? gradient.by_column.words() : 0;
+    const size_t panels = std::max(dhidden.words(), dweight.words());
+    uint32_t* const memory = (uint32_t*)workspace.get(4 * (by_row + by_column + panels * threads));
+    if (!memory) return 2;
+    uint32_t *const columns = memory + by_row, *const own = columns + by_column;
+    gradient.to_row = slice.dhidden ? memory : nullptr, gradient.to_column = has_weight ? columns : nullptr;
+    dhidden.place(memory, own, panels);
+    dweight.place(columns, own, panels), dweight_sum.place(columns, own, panels);
+#pragma omp parallel num_threads(threads)
+    {
+        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
+        gradient.work();
+#pragma omp barrier
+        if (slice.dweight) dweight.work(thread, team);
+        if (has_sum) dweight_sum.work(thread, team);
+        if (slice.dhidden) dhidden.work(thread, team);
+    }
+    return 0;
+}
+}
+
+#endif
