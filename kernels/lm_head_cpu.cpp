@@ -82,53 +82,42 @@ ISA INLINE __m512i narrowed(__m512 even, __m512 odd) {
     return _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-// What a block of logits leaves.
-template <bool SCALES>
-struct Folded {
-    const float* reference;  // of its rows
-    float scale;
-    uint16_t* logits;
-    long stride;
-    bool is_far;                // logits go to memory past the caches, which have no use for them
-    float *sums, *dots, *tops;  // of its rows, over its columns; the last two may be null
+// What 6 x 64 logits leave.
+struct Left {
+    float *sums, *dots, *tops;  // of each row, over the columns; the last two may be null
     uint32_t* e;                // [32][6] words, as a block of A of the product with the weight; or null
-
-    ISA MEMBER void take(const Block& block) const {
-        __m512i packed[2][MR];
-        UNROLL
-        for (int i = 0; i < MR; i++) {
-            __m512 z[4], e[4];
-            const __m512 r = _mm512_set1_ps(reference[i]);
-            UNROLL
-            for (int j = 0; j < 4; j += 2) {
-                const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(block[i][j + 1], block[i][j]);
-                __m512i* const to = (__m512i*)(logits + i * stride + 16 * j);
-                is_far ? _mm512_stream_si512(to, rounded) : _mm512_storeu_si512(to, rounded);
-                widen(rounded, z[j], z[j + 1]);
-            }
-            UNROLL
-            for (int j = 0; j < 4; j++) {
-                if (SCALES) z[j] = _mm512_mul_ps(z[j], _mm512_set1_ps(scale));
-                asm("" : "+v"(z[j]));  // rounded, as the label's is: not fused with the difference
-                e[j] = exponential(_mm512_sub_ps(z[j], r));
-            }
-            sums[i] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3])));
-            if (dots) {
-                __m512 dot = _mm512_setzero_ps(), top = z[0];
-                UNROLL
-                for (int j = 0; j < 4; j++) {
-                    // 0 times an excluded logit shall be 0.
-                    dot = _mm512_fmadd_ps(e[j], _mm512_max_ps(_mm512_sub_ps(z[j], r), _mm512_set1_ps(-1e30f)), dot);
-                    top = _mm512_max_ps(top, z[j]);
-                }
-                dots[i] = _mm512_reduce_add_ps(dot), tops[i] = _mm512_reduce_max_ps(top);
-            }
-            packed[0][i] = narrowed(e[0], e[1]), packed[1][i] = narrowed(e[2], e[3]);
-        }
-        if (!e) return;
-        pack_words(packed[0], e), pack_words(packed[1], e + 16 * MR);
-    }
 };
+
+// Not inlined, and from memory: beside the sums of the product there are no registers for the constants of this.
+template <bool SCALES>
+ISA __attribute__((noinline)) void fold(const uint16_t* logits, const float* reference, float scale, const Left& left) {
+    __m512i packed[2][MR];
+#pragma GCC unroll 1
+    for (int i = 0; i < MR; i++) {
+        __m512 z[4], e[4];
+        const __m512 r = _mm512_set1_ps(reference[i]);
+        widen(_mm512_load_si512(logits + i * NR), z[0], z[1]),
+            widen(_mm512_load_si512(logits + i * NR + 32), z[2], z[3]);
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+            if (SCALES) z[j] = _mm512_mul_ps(z[j], _mm512_set1_ps(scale));
+            asm("" : "+v"(z[j]));  // rounded, as the label's is: not fused with the difference
+            e[j] = exponential(_mm512_sub_ps(z[j], r));
+        }
+        left.sums[i] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(e[0], e[1]), _mm512_add_ps(e[2], e[3])));
+        packed[0][i] = narrowed(e[0], e[1]), packed[1][i] = narrowed(e[2], e[3]);
+        if (!left.dots) continue;
+        __m512 dot = _mm512_setzero_ps(), top = z[0];
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+            // 0 times an excluded logit shall be 0.
+            dot = _mm512_fmadd_ps(e[j], _mm512_max_ps(_mm512_sub_ps(z[j], r), _mm512_set1_ps(-1e30f)), dot);
+            top = _mm512_max_ps(top, z[j]);
+        }
+        left.dots[i] = _mm512_reduce_add_ps(dot), left.tops[i] = _mm512_reduce_max_ps(top);
+    }
+    if (left.e) pack_words(packed[0], left.e), pack_words(packed[1], left.e + 16 * MR);
+}
 
 // Blocks of logits, and where what they leave is gathered.
 struct Gathered {
@@ -141,31 +130,33 @@ struct Gathered {
 
     ISA MEMBER void block(const Kernel& kernel, long block, long count, long column, long) const {
         const long row = block * MR, at = column / NR * rows + row;
-        alignas(64) uint16_t edge[MR * NR];
-        const bool is_kept = slice->logits && count == MR;  // in their place, else on the way
-        uint16_t* const logits = is_kept ? slice->logits + row * slice->logits_stride + column : edge;
-        const long stride = is_kept ? slice->logits_stride : NR;
         uint32_t* const words = e ? e + block * apart + column / 2 * MR : nullptr;
-        const bool is_far = is_kept && uintptr_t(logits) % 64 == 0 && stride % 32 == 0;
-        if (is_kept && !is_far) prefetch_block(logits, stride);
+        const Left left{sums + at, dots ? dots + at : nullptr, tops ? tops + at : nullptr, words};
         for (long i = 0; words && i < MR * NR / 2; i += 16) __builtin_prefetch(words + i, 1);
-        float *const sum = sums + at, *const dot = dots ? dots + at : nullptr, *const top = tops ? tops + at : nullptr;
-        if (slice->scale == 1)
-            kernel.run(Folded<false>{reference + row, 1, logits, stride, is_far, sum, dot, top, words});
-        else
-            kernel.run(Folded<true>{reference + row, slice->scale, logits, stride, is_far, sum, dot, top, words});
-        if (slice->logits && !is_kept)
-            for (long y = 0; y < count; y++)
-                memcpy(slice->logits + (row + y) * slice->logits_stride + column, edge + y * NR, sizeof *edge * NR);
+        alignas(64) uint16_t logits[MR * NR];
+        kernel.run(Written{logits, NR});
+        (slice->scale == 1 ? fold<false> : fold<true>)(logits, reference + row, slice->scale, left);
+        if (slice->logits) keep(logits, slice->logits + row * slice->logits_stride + column, count);
         for (long y = 0; y < count; y++) {
             const uint64_t label = slice->labels[row + y] - slice->first - column;
             if (label >= NR) continue;
-            const uint32_t bits = uint32_t(logits[y * stride + label]) << 16;
+            const uint32_t bits = uint32_t(logits[y * NR + label]) << 16;
             float z;
             memcpy(&z, &bits, sizeof z);
             labels[row + y] = z * slice->scale;
             if (words) ((uint16_t*)(words + label / 2 * MR + y))[label % 2] = 0;
         }
+    }
+
+    // Past the caches, which have no use for logits that backward will read.
+    ISA MEMBER void keep(const uint16_t* logits, uint16_t* to, long count) const {
+        const bool is_aligned = uintptr_t(to) % 64 == 0 && slice->logits_stride % 32 == 0;
+        for (long y = 0; y < count; y++)
+            for (long x = 0; x < NR; x += 32) {
+                const __m512i line = _mm512_load_si512(logits + y * NR + x);
+                __m512i* const there = (__m512i*)(to + y * slice->logits_stride + x);
+                is_aligned ? _mm512_stream_si512(there, line) : _mm512_storeu_si512(there, line);
+            }
     }
 };
 

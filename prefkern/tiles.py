@@ -11,8 +11,8 @@ and where only hidden needs a gradient, its sums over the vocabulary, in fp32, f
     u    = (1 - p_y) weight[y] - acc / sum
 
 The label's own share is left out and 1 - p_y taken from logp by expm1: where p_y is nearly 1, both would cancel. Where
-compiled code does a tile in one go (`rows.whole_head`), top is not the maximum but a reference near the log-sum-exp; all
-of this holds for it too.
+compiled code does a tile in one go (`rows.whole_head`), top is not the maximum but a reference near the log-sum-exp;
+all of this holds for it too.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (online normaliser); the rest is derived.
 """
 
