@@ -28,8 +28,9 @@ struct Slice {
     Matrix weight;           // (width, depth), a line an entry
     int64_t rows, width, depth;
     const int64_t* labels;
-    int64_t first;  // the label of the slice's first entry
-    float scale;    // z = scale * logit
+    int64_t first;         // the label of the slice's first entry
+    int64_t ignore_index;  // the label of rows whose sums may be anything
+    float scale;           // z = scale * logit
     int32_t threads;
     uint16_t* logits;  // (rows, width), written; or null
     float* acc;        // (gradient, depth), or null
@@ -215,11 +216,17 @@ struct Fold {
         }
         for (long row = begin; row < end; row++) {
             const float sum = next_sum[row];
+            shift[row] = 0.0f, factor[row] = 1.0f;
+            if (slice.labels[row] == slice.ignore_index) {  // whatever it holds: nobody reads it
+                next_sum[row] = slice.sum[row];
+                continue;
+            }
             if (!(sum > 1e-30f && sum < 1e30f)) is_refused = true;
-            shift[row] = sum >= 0.0625f && sum <= 16.0f ? 0.0f : rintf(logf(sum));
-            factor[row] = 1.0f;
-            if (shift[row] == 0) continue;
+            if (sum >= 0.0625f && sum <= 16.0f) continue;
             has_shifts = true;
+            // Of a large reference not every whole number is the next one's distance.
+            const float moved = reference[row] + rintf(logf(sum));
+            shift[row] = moved - reference[row];
             factor[row] = expf(-shift[row]);
             next_sum[row] = sum * factor[row];
             if (dots) next_dot[row] = (next_dot[row] - shift[row] * sum) * factor[row];
@@ -355,8 +362,8 @@ int prefkern_head_slice(const Slice* of) {
     {
         const long thread = omp_get_thread_num(), team = omp_get_num_threads();
         const long begin = slice.rows * thread / team, end = slice.rows * (thread + 1) / team;
-        if (slice.logits)
-            make_pages(slice.logits, slice.rows * slice.logits_stride * sizeof *slice.logits, thread, team);
+        const size_t kept = ((slice.rows - 1) * slice.logits_stride + slice.width) * sizeof *slice.logits;
+        if (slice.logits) make_pages(slice.logits, kept, thread, team);
         logits.work(thread, team);
         _mm_sfence();
 #pragma omp barrier

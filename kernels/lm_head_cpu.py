@@ -31,7 +31,8 @@ class _Slice(ctypes.Structure):
     _fields_ = [
         ("hidden", ctypes.c_void_p), ("weight", Matrix),
         ("rows", ctypes.c_int64), ("width", ctypes.c_int64), ("depth", ctypes.c_int64),
-        ("labels", ctypes.c_void_p), ("first", ctypes.c_int64), ("scale", ctypes.c_float), ("threads", ctypes.c_int32),
+        ("labels", ctypes.c_void_p), ("first", ctypes.c_int64), ("ignore_index", ctypes.c_int64),
+        ("scale", ctypes.c_float), ("threads", ctypes.c_int32),
         ("logits", ctypes.c_void_p), ("acc", ctypes.c_void_p),
         ("logits_stride", ctypes.c_int64), ("acc_stride", ctypes.c_int64), ("gradient", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("reference", "sum", "label", "dot", "top")),
@@ -77,7 +78,9 @@ class Rows:
     @classmethod
     def of(cls, hidden_ND: Tensor, labels_N: Tensor, head: Head) -> Rows:
         sizes = [*map(ctypes.c_int64, hidden_ND.shape)]
-        packed = torch.empty(library().prefkern_packed_words(*sizes), dtype=torch.int32)
+        count_words = library().prefkern_packed_words
+        count_words.restype = ctypes.c_int64
+        packed = torch.empty(count_words(*sizes), dtype=torch.int32)
         to, threads = ctypes.c_void_p(packed.data_ptr()), ctypes.c_int64(torch.get_num_threads())
         library().prefkern_pack_rows(ctypes.byref(matrix(hidden_ND)), *sizes, to, threads)
         return cls(hidden_ND, packed, labels_N.contiguous(), head)
@@ -99,7 +102,7 @@ class Rows:
             sums: of the rows, over what was seen before. `top` is their reference, -inf where there is none yet.
             top: (N,) the largest z, or None.
             logits: (N, W) where the raw logits are to be left; it may be written to in any case.
-            acc: (M, D) fp32, of the M leading rows; scaled as their reference moves.
+            acc: (M, D) fp32, of the M leading rows; scaled as their reference moves. Ignored rows may hold anything.
         """
         if weight.shape[0] % _COLUMNS:
             return False
@@ -107,7 +110,7 @@ class Rows:
             _count_flops()
         return torch.ops.prefkern.head_slice(
             *sums[:4], top, logits, acc, self.hidden, self.packed, weight, self.labels, first,
-            self.head.logit_scale / self.head.temperature,
+            self.head.ignore_index, self.head.logit_scale / self.head.temperature,
         )  # fmt: skip
 
 
@@ -160,7 +163,7 @@ _operators = torch.library.Library("prefkern", "FRAGMENT")
 _operators.define(
     "head_slice(Tensor(a!) reference, Tensor(b!) sum, Tensor(c!) label, Tensor(d!)? dot, Tensor(e!)? top,"
     " Tensor(f!)? logits, Tensor(g!)? acc, Tensor hidden, Tensor packed, Tensor weight, Tensor labels, int first,"
-    " float scale) -> bool"
+    " int ignore_index, float scale) -> bool"
 )
 _operators.define(
     "head_slice_gradient(Tensor(a!)? dhidden, Tensor(b!)? dweight, Tensor logits, Tensor hidden, Tensor weight,"
@@ -182,6 +185,7 @@ def _head_slice(
     weight: Tensor,
     labels: Tensor,
     first: int,
+    ignore_index: int,
     scale: float,
 ) -> bool:
     # An operator, so that whoever counts or traces operators sees the products.
@@ -189,8 +193,8 @@ def _head_slice(
     if (dot is None) != (top is None):  # they come together
         dot, top = (torch.zeros_like(sum) if x is None else x for x in (dot, top))
     arguments = _Slice(
-        packed.data_ptr(), matrix(weight), rows, width, depth, labels.data_ptr(), first, scale,
-        torch.get_num_threads(), _address(logits), _address(acc), _stride(logits), _stride(acc),
+        packed.data_ptr(), matrix(weight), rows, width, depth, labels.data_ptr(), first, ignore_index,
+        scale, torch.get_num_threads(), _address(logits), _address(acc), _stride(logits), _stride(acc),
         0 if acc is None else acc.shape[0], *map(_address, (reference, sum, label, dot, top)),
     )  # fmt: skip
     outcome = library().prefkern_head_slice(ctypes.byref(arguments))

@@ -108,7 +108,7 @@ def row_softmax_backward(
 ) -> Tensor:
     """As `rows.row_softmax_backward`."""
     out = torch.empty_like(logits_NV) if out is None else out
-    if not (_served(logits_NV) and _served(out)) or stands_for_many(grad_logps_N):
+    if not (_served(logits_NV) and _served(out)) or stands_for_many(grad_logps_N, grad_entropy_N):
         return rows.row_softmax_backward(
             logits_NV, labels_N, lse_N, grad_logps_N, head, bias_V=bias_V, entropy_N=entropy_N,
             grad_entropy_N=grad_entropy_N, grad_scale=grad_scale, out=out,

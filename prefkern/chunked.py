@@ -106,7 +106,7 @@ def backward(
     """Gradients of the operands that `needs` says; kept: what forward left, written over if weight is one of them."""
     ignored = labels_N == head.ignore_index
     whole, slices = torch_rows.whole_head(rows, operands, head), None
-    if whole is not None and not stands_for_many(grad_logps_N):
+    if whole is not None and not stands_for_many(grad_logps_N, grad_entropy_N):
         slices = whole.Gradient.of(operands, labels_N, head, stats, grad_logps_N, grad_entropy_N)
     head = replace(head, ignore_index=_IGNORED)
 
@@ -156,9 +156,8 @@ def walk_vocabulary(
     for i in range(0, vocab, step):
         part = slice(i, min(i + step, vocab))
         for block in blocks:
-            taken = slices is not None and slices.takes(part)
-            logits = _logits_of_tile(operands, block, part, kept, scratch) if taken else None
-            if logits is not None:
+            if slices is not None and slices.takes(part):
+                logits = _logits_of_tile(operands, block, part, kept, scratch)
                 out = None if dweight is None else dweight.room(part)
                 slices.add(logits, block, part, None if dhidden is None else dhidden[block], out)
                 if dweight is not None:
@@ -184,13 +183,19 @@ def walk_vocabulary(
     )
 
 
-def _logits_of_tile(
-    operands: Operands, block: slice, part: slice, kept: KeptLogits | None, scratch: Tensor
-) -> Tensor | None:
-    """Raw logits of a tile; None where some of its rows were kept and others not."""
+def _logits_of_tile(operands: Operands, block: slice, part: slice, kept: KeptLogits | None, scratch: Tensor) -> Tensor:
+    """Raw logits of a tile: those that were kept, and the others computed again."""
     if kept is None or kept.rows <= block.start:
         return operands.logits(block, part, scratch)
-    return kept.slice(part)[block] if block.stop <= kept.rows else None
+    if block.stop <= kept.rows:
+        return kept.slice(part)[block]
+    shape = block.stop - block.start, part.stop - part.start
+    logits, known = scratch[: shape[0] * shape[1]].view(shape), kept.rows - block.start
+    logits[:known] = kept.slice(part)[block.start :]
+    rest = operands.logits(slice(kept.rows, block.stop), part, logits[known:].view(-1))
+    if rest.data_ptr() != logits[known:].data_ptr():
+        logits[known:] = rest
+    return logits
 
 
 def _of_tile(

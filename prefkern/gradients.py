@@ -39,10 +39,11 @@ def scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     return out
 
 
-def stands_for_many(x: Tensor) -> bool:
-    """Whether x is upstream gradients of autograd.grad(is_grads_batched=True): of no one of them is memory reused."""
+def stands_for_many(*gradients: Tensor | None) -> bool:
+    """Whether one is upstream gradients of autograd.grad(is_grads_batched=True): of no one of them is memory reused."""
     functorch = torch._C._functorch
-    return any(getattr(functorch, name, lambda _: False)(x) for name in ("is_batchedtensor", "is_legacy_batchedtensor"))
+    tests = [getattr(functorch, name, lambda _: False) for name in ("is_batchedtensor", "is_legacy_batchedtensor")]
+    return any(test(x) for x in gradients if x is not None for test in tests)
 
 
 class _FirstOrderOnly(torch.autograd.Function):

@@ -66,7 +66,9 @@ def forward(
     walk = _Walk(operands, head, rows, summed, width, min(height, n) * width, kept, whole)
     sums = _nothing_seen(n, summed, wide, hidden.device)
     top = torch.full_like(sums.top, -torch.inf) if want_top1 else None
-    for block in _slices(0, n, height):
+    # Compiled code wants blocks of which all rows are kept, or none.
+    split = 0 if kept is None or whole is None else min(n, kept.rows)
+    for block in (*_slices(0, split, height), *_slices(split, n, height)):
         own = RowSums(*(None if x is None else x[block] for x in sums))
         own_top = None if top is None else top[block]
         walk.block(block, labels_N[block], own, own_top, units if block.start < gradient else (None, None))
@@ -113,9 +115,10 @@ class _Walk:
         count = pairs[0][0].shape[0] if pairs else 0
         accs = [torch.zeros(unit.shape, dtype=sums.sum.dtype, device=unit.device) for unit, _ in pairs]
         packed = None if self.whole is None else self.whole.Rows.of(self.operands.hidden[block], labels, self.head)
+        keeps = self.kept is not None and block.start < self.kept.rows
         for part in _slices(0, vocab, self.width):
-            room = None if self.kept is None else self.kept.room(block, part)
-            if packed is not None and (self.kept is None or room is not None):
+            room = self.kept.room(block, part) if keeps else None
+            if packed is not None and (room is not None or not keeps):
                 acc = accs[0] if accs else None
                 if packed.fold(weight[part], part.start, sums, top, logits=room, acc=acc):
                     continue
@@ -127,6 +130,8 @@ class _Walk:
             if top is not None:
                 torch.maximum(top, own.top, out=top)
             decay, gain = _merge(own, sums)
+            if packed is not None and (~sums.sum.isfinite() & (labels != self.head.ignore_index)).any():
+                packed = None  # nor will it take the slices that follow
             for acc, (_, w) in zip(accs, pairs):
                 blend_product(acc, decay[:count], tile[:count], w[part], gain[:count])
         first = RowSums(*(None if x is None else x[:count] for x in sums))
