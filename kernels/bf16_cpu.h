@@ -102,6 +102,14 @@ ISA static inline void transpose(__m512i* r) {
     }
 }
 
+// 32 words, in order, of two lines.
+ISA INLINE void pair_lines(__m512i even, __m512i odd, uint32_t* out) {
+    const __m512i low = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), high = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    const __m512i x = _mm512_unpacklo_epi16(even, odd), y = _mm512_unpackhi_epi16(even, odd);
+    _mm512_store_si512(out, _mm512_permutex2var_epi64(x, low, y));
+    _mm512_store_si512(out + 16, _mm512_permutex2var_epi64(x, high, y));
+}
+
 // A panel of B becomes [depth / 2][64] words, 0 beyond the matrix. It is packed in chunks of 1 KiB: 16 columns, 32
 // deep, where B is transposed, and else 64 columns, 8 deep.
 struct Panel {
@@ -146,17 +154,13 @@ struct Panel {
     }
 
     ISA void pack_lines(long chunk, uint32_t* out) const {
-        const __m512i low = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
-                      high = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
         for (long q = chunk * 8; q < chunk * 8 + 8; q += 2)
             for (int j = 0; j < NR; j += 32) {
                 const uint16_t* from = b.data + (k + q) * b.stride + column + j;
                 const __mmask32 there = first(columns - j);
                 const __m512i even = _mm512_maskz_loadu_epi16(q < depth ? there : 0, from);
                 const __m512i odd = _mm512_maskz_loadu_epi16(q + 1 < depth ? there : 0, from + b.stride);
-                const __m512i x = _mm512_unpacklo_epi16(even, odd), y = _mm512_unpackhi_epi16(even, odd);
-                _mm512_store_si512(out + q / 2 * NR + j, _mm512_permutex2var_epi64(x, low, y));
-                _mm512_store_si512(out + q / 2 * NR + j + 16, _mm512_permutex2var_epi64(x, high, y));
+                pair_lines(even, odd, out + q / 2 * NR + j);
             }
     }
 };

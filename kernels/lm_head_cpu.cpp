@@ -248,8 +248,8 @@ struct Gradient {
     static constexpr long AHEAD = 16 * MR;  // words, of what is fetched for writing
 
     const Upstream& of;
-    Rows by_row, by_column;  // packed: rows of it, for dhidden, and columns, for dweight; rows null: not wanted
-    uint32_t *to_row, *to_column;
+    Rows by_row, by_column;        // packed: rows of it, for dhidden, and columns, for dweight
+    uint32_t *to_row, *to_column;  // null: not wanted
     std::atomic<long> next{0};
 
     Gradient(const Upstream& of) : of(of), by_row(of.rows, of.width), by_column(of.width, of.rows) {}
@@ -275,19 +275,12 @@ struct Gradient {
             for (long t = 0; t < groups; t++)
                 pack_words(d[t], to_row + row / MR * by_row.apart + (column / 2 + 16 * t) * MR);
         if (!to_column) return;
-        const __m512i low = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
-                      high = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
         const long blocks = std::min(STRIP, by_column.blocks - column / MR);
         uint32_t* const first = to_column + column / MR * by_column.apart + row / 2 * MR;
         for (long i = 0; i < blocks; i++) __builtin_prefetch(first + i * by_column.apart + AHEAD, 1);
         for (long pair = 0; pair < MR / 2; pair++) {
             alignas(64) uint32_t words[STRIP_COLUMNS] = {};
-            for (long t = 0; t < groups; t++) {
-                const __m512i x = _mm512_unpacklo_epi16(d[t][2 * pair], d[t][2 * pair + 1]),
-                              y = _mm512_unpackhi_epi16(d[t][2 * pair], d[t][2 * pair + 1]);
-                _mm512_store_si512(words + 32 * t, _mm512_permutex2var_epi64(x, low, y));
-                _mm512_store_si512(words + 32 * t + 16, _mm512_permutex2var_epi64(x, high, y));
-            }
+            for (long t = 0; t < groups; t++) pair_lines(d[t][2 * pair], d[t][2 * pair + 1], words + 32 * t);
             uint32_t* to = first + pair * MR;
             for (long i = 0; i < blocks; i++, to += by_column.apart) {
                 _mm_storeu_si128((__m128i*)to, _mm_loadu_si128((const __m128i*)(words + MR * i)));

@@ -206,20 +206,11 @@ def _of_tile(
     kept: KeptLogits | None,
     scratch: Tensor,
 ) -> Tensor:
-    """dL/dlogits of a tile: of kept logits, and of logits computed again."""
-    known = 0 if kept is None else max(0, min(kept.rows, block.stop) - block.start)
-    split = block.start + known
-    if known == 0:
-        dlogits = operands.logits(block, part, scratch)
-        gradient(dlogits, block, part, dlogits)
-        return dlogits
-    shape = block.stop - block.start, part.stop - part.start
-    dlogits = scratch[: shape[0] * shape[1]].view(shape)
-    gradient(kept.slice(part)[block.start : split], slice(block.start, split), part, dlogits[:known])
-    if split < block.stop:
-        rest = slice(split, block.stop)
-        logits = operands.logits(rest, part, dlogits[known:].view(-1))
-        gradient(logits, rest, part, dlogits[known:])
+    """dL/dlogits of a tile: in the place of its logits, unless that will be dweight's."""
+    logits = dlogits = _logits_of_tile(operands, block, part, kept, scratch)
+    if kept is not None and block.stop <= kept.rows:
+        dlogits = scratch[: logits.numel()].view(logits.shape)
+    gradient(logits, block, part, dlogits)
     return dlogits
 
 
