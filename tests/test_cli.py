@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 import tiny
 from prefkern import __version__, losses, planner
+from prefkern.training import run
 from prefkern.training.cli import main
+from prefkern.training.run import RunResult
 
 ROOT = Path(__file__).parent.parent
 
@@ -136,6 +139,18 @@ def test_train(folder, tmp_path, capsys):
     assert main(["train", str(tmp_path / "out" / "config.yaml"), f"run.output={tmp_path / 'again'}"]) == 0
     saved = [yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in ("out", "again")]
     assert saved[0] | {"run": None} == saved[1] | {"run": None}, "the saved configuration trains the same again"
+
+
+def test_train_leaves_no_process_group(folder, tmp_path, monkeypatch):
+    """Its threads would abort an interpreter that ends before they do."""
+
+    def in_a_group(config):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        return RunResult(tmp_path, {}, [])
+
+    monkeypatch.setattr(run, "run_training", in_a_group)
+    assert main(["train", str(folder / "good.yaml")]) == 0
+    assert not dist.is_initialized()
 
 
 def test_losses_prints_every_loss(capsys):

@@ -161,6 +161,11 @@ def _train(args: argparse.Namespace) -> int:
     result = run_training(config)
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
         print(f"model    {result.model}\nmetrics  {result.output / 'metrics.jsonl'}\ncurves   {result.curves}")
+    import torch.distributed as dist
+
+    # Threads of gloo that outlive the interpreter abort the process. Not after an error: others may wait in a collective.
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 
