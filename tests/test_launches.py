@@ -158,7 +158,7 @@ def test_cut_body_with_a_filter(train_head, launches):
 
 
 def chunks(hidden: torch.Tensor, grad_hidden: bool, grad_head: bool, workspace: int) -> tuple[int, int]:
-    """Chunks of rows in forward; tiles of the walk over the vocabulary, rows whose logits were kept among the others."""
+    """Chunks of rows in forward; tiles of the walk over the vocabulary, whether logits were kept or not."""
     plan = planner.plan(
         (N, D, V), hidden.dtype, hidden.device, grad_hidden=grad_hidden, grad_head=grad_head, workspace_bytes=workspace
     )

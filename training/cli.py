@@ -163,7 +163,7 @@ def _train(args: argparse.Namespace) -> int:
         print(f"model    {result.model}\nmetrics  {result.output / 'metrics.jsonl'}\ncurves   {result.curves}")
     import torch.distributed as dist
 
-    # Threads of gloo that outlive the interpreter abort the process. Not after an error: others may wait in a collective.
+    # Threads of gloo that outlive the interpreter abort it. Not after an error: others may still be in a collective.
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     return 0
