@@ -17,9 +17,6 @@
 #include <math.h>
 
 #include "bf16_cpu.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 extern "C" {
 
@@ -160,17 +157,6 @@ struct Gathered {
             }
     }
 };
-
-// A thread's share of memory that is about to be written: pages that are not there yet are made all at once, for two
-// thirds of what as many faults cost. Where the kernel cannot do that, they are made one by one.
-void make_pages(void* memory, size_t bytes, long thread, long team) {
-#if defined(__linux__)
-    const int populate_write = 23;  // MADV_POPULATE_WRITE, of Linux 5.14
-    const uintptr_t at = (uintptr_t)memory, page = ~uintptr_t(4095);
-    const uintptr_t begin = (at + bytes * thread / team) & page, end = (at + bytes * (thread + 1) / team) & page;
-    if (begin < end) madvise((void*)begin, end - begin, populate_write);
-#endif
-}
 
 // A slice's fold into the sums of the rows.
 struct Fold {
@@ -355,8 +341,6 @@ int prefkern_head_slice(const Slice* of) {
     {
         const long thread = omp_get_thread_num(), team = omp_get_num_threads();
         const long begin = slice.rows * thread / team, end = slice.rows * (thread + 1) / team;
-        const size_t kept = ((slice.rows - 1) * slice.logits_stride + slice.width) * sizeof *slice.logits;
-        if (slice.logits) make_pages(slice.logits, kept, thread, team);
         logits.work(thread, team);
         _mm_sfence();
 #pragma omp barrier

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from prefkern import spare_memory
 
 
 class KeptLogits:
@@ -50,4 +51,4 @@ class KeptLogits:
 
 def memory_like(weight_VD: Tensor) -> Tensor:
     """Memory of a gradient of the weight."""
-    return torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
+    return spare_memory.empty_like(weight_VD)

@@ -175,20 +175,24 @@ class Plan:
     @property
     def slab(self) -> tuple[int, int]:
         """Rows and vocabulary entries of a tile of the walk over the vocabulary: all rows, but on a CPU."""
-        n, _, v = self.shape
-        rows = n if self.device_type != "cpu" else max(1, min(n, 2 * _TILE_ROWS))
-        return max(1, rows), self._tile_width(rows)
+        n = max(1, self.shape[0])
+        if self.device_type != "cpu":
+            return n, self._tile_width(n, self._tile_elements)
+        # Of many rows, smaller tiles: the fp32 sums of dhidden and of a slice's dweight lie beside them.
+        is_long = n > 2 * _TILE_ROWS
+        rows = _TILE_ROWS if is_long else n
+        return rows, self._tile_width(rows, max(1, self._tile_elements // (2 if is_long else 1)))
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and vocabulary entries of a tile of logits that fits the workspace, where rows need not be whole."""
         n, _, v = self.shape
         rows = max(1, min(n, _TILE_ROWS, self._tile_elements))
-        return rows, self._tile_width(rows)
+        return rows, self._tile_width(rows, self._tile_elements)
 
-    def _tile_width(self, rows: int) -> int:
+    def _tile_width(self, rows: int, elements: int) -> int:
         vocab = self.shape[2]
-        width = _fit(self._tile_elements, rows, vocab)
+        width = _fit(elements, rows, vocab)
         # Rows of a tile that lie a multiple of 4 KiB apart meet in the same few sets of a CPU's cache.
         aliases = self.device_type == "cpu" and width < vocab and width * self.itemsize % 4096 == 0
         return width - _TILE if aliases and width > _TILE else width
