@@ -17,6 +17,7 @@ from torch import Tensor
 
 # Less is used again by malloc itself.
 _LEAST = 32 << 20
+_IS_LINUX = all(hasattr(mmap, name) for name in ("MADV_FREE", "MADV_HUGEPAGE"))
 
 
 class _Pages(mmap.mmap):
@@ -29,7 +30,7 @@ _spare: list[_Pages] = []  # at most one
 def empty_like(x: Tensor) -> Tensor:
     """A dense tensor of x's shape, dtype and device, of whatever values."""
     size = x.numel() * x.element_size()
-    if x.device.type != "cpu" or size < _LEAST or not hasattr(mmap, "MADV_FREE"):
+    if x.device.type != "cpu" or size < _LEAST or not _IS_LINUX:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     pages = _spare.pop() if _spare else None
     if pages is None or len(pages) != size:

@@ -1,14 +1,12 @@
 """Memory of a gradient that is gone, for the next one: kept only where it is asked for again, never held twice."""
 
-import mmap
-
 import pytest
 import torch
 
 import prefkern as pk
 from prefkern import spare_memory
 
-pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="the system has no memory that it may take back")
+pytestmark = pytest.mark.skipif(not spare_memory._IS_LINUX, reason="left to malloc")
 
 V, D = 131_072, 64  # 32 MiB in fp32
 
