@@ -174,14 +174,14 @@ class Plan:
 
     @property
     def slab(self) -> tuple[int, int]:
-        """Rows and vocabulary entries of a tile of the walk over the vocabulary: all rows, but on a CPU."""
+        """Rows and vocabulary entries of a tile of the walk over the vocabulary: all rows, but on a CPU up to 2,048."""
         n = max(1, self.shape[0])
         if self.device_type != "cpu":
             return n, self._tile_width(n, self._tile_elements)
-        # Of many rows, smaller tiles: the fp32 sums of dhidden and of a slice's dweight lie beside them.
+        # Of more rows, tiles of half the size: the fp32 sums of dhidden and of a slice's dweight lie beside them.
         is_long = n > 2 * _TILE_ROWS
-        rows = _TILE_ROWS if is_long else n
-        return rows, self._tile_width(rows, max(1, self._tile_elements // (2 if is_long else 1)))
+        rows, elements = (_TILE_ROWS, self._tile_elements // 2) if is_long else (n, self._tile_elements)
+        return rows, self._tile_width(rows, elements)
 
     @property
     def tile(self) -> tuple[int, int]:

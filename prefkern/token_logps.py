@@ -121,7 +121,8 @@ def token_logps(
     Memory:
         Beside the results: the workspace; where hidden needs a gradient (N, D) in at least its dtype; and where weight
         does, from forward on, the (V, D) that become its gradient and hold logits until then (not under torch.compile,
-        and not with impl="cut"). On a CPU the latter's memory, if it is large, is kept for the next: `spare_memory`.
+        and not with impl="cut"). The latter, where it is 32 MiB or more on a CPU under Linux, cannot be resized, and
+        its memory is kept for the next step when it is gone, though the system may take it (`spare_memory`).
     Overflow:
         Of fp16 inputs, a raw logit beyond 65,504 is infinite except with impl="cut", which keeps logits in fp32: the
         row's results are NaN, as plain torch's are, never a wrong number.

@@ -14,7 +14,6 @@ import tiny
 from prefkern import __version__, losses, planner
 from prefkern.training import run
 from prefkern.training.cli import main
-from prefkern.training.run import RunResult
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,11 +145,21 @@ def test_train_leaves_no_process_group(folder, tmp_path, monkeypatch):
 
     def in_a_group(config):
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        return RunResult(tmp_path, {}, [])
+        return run.RunResult(tmp_path, {}, [])
 
     monkeypatch.setattr(run, "run_training", in_a_group)
     assert main(["train", str(folder / "good.yaml")]) == 0
     assert not dist.is_initialized()
+
+
+def test_train_leaves_the_callers_process_group(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run_training", lambda config: run.RunResult(tmp_path, {}, []))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert main(["train", str(folder / "good.yaml")]) == 0
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_losses_prints_every_loss(capsys):

@@ -153,3 +153,20 @@ def test_a_head_that_trains_on_few_rows_costs_what_plain_autograd_does():
         assert planner.plan((n, D, V), torch.float32, torch.device(DEVICE), group_rows=n, **options).row is local
         again = planner.plan((n, D, V), torch.float32, torch.device(DEVICE), keep_logits=False, **options)
         assert again.kept_rows == 0 and again.flops == 8 * n * D * V
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("workspace", [1, 1 << 12, 1 << 20, 1 << 30])
+def test_tiles_of_many_rows_are_half_as_large_on_a_cpu(dtype, workspace):
+    """The fp32 sums beside them take the other half of what a step may hold."""
+
+    def bytes_of(n: int) -> int:
+        at = (n, 1024, 128_256), dtype, torch.device("cpu")
+        rows, width = planner.plan(*at, grad_hidden=True, grad_head=True, workspace_bytes=workspace).slab
+        assert 1 <= rows <= n and 1 <= width <= 128_256
+        return rows * width * dtype.itemsize
+
+    few, many = bytes_of(2048), bytes_of(2049)
+    smallest = 2048 * dtype.itemsize  # one vocabulary entry
+    assert few <= max(min(workspace, 8 << 20), smallest)
+    assert few / 2 * 0.9 <= many <= max(few / 2 * 1.1, smallest / 2)

@@ -1,12 +1,19 @@
 """Memory of a gradient that is gone, for the next one: kept only where it is asked for again, never held twice."""
 
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 import prefkern as pk
 from prefkern import spare_memory
 
-pytestmark = pytest.mark.skipif(not spare_memory._IS_LINUX, reason="left to malloc")
+resource = pytest.importorskip("resource")
+
+pytestmark = pytest.mark.skipif(not spare_memory._CAN_KEEP, reason="left to malloc")
 
 V, D = 131_072, 64  # 32 MiB in fp32
 
@@ -47,6 +54,60 @@ def test_what_is_asked_for_again_is_used_again(spare):
         del x
         assert len(spare) == 1
     assert len(addresses) == 1
+
+
+def test_the_system_may_take_what_is_kept(spare):
+    """MADV_FREE: of use only where the pages are private, and not done to those of a tensor that lives."""
+    for kept in (0, V * D * 4, V * D * 4):
+        x = take().fill_(1)
+        assert free_to_take(x.data_ptr()) == 0
+        address = x.data_ptr()
+        del x
+        assert free_to_take(address) == kept
+
+
+def free_to_take(address: int) -> int:
+    """Bytes of the mapping around an address that the system may take."""
+    mapping = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if "-" in key:
+            begin, end = (int(x, 16) for x in key.split("-"))
+            mapping = begin <= address < end
+        elif mapping and key == "LazyFree:":
+            return int(values[0]) * 1024
+    return 0
+
+
+def test_what_is_used_again_needs_no_fresh_pages(spare):
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        x = take()
+        ctypes.memset(x.data_ptr(), 1, x.nbytes)  # by this thread
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    pages = V * D * 4 // mmap.PAGESIZE
+    assert faults() > 0.9 * pages
+    faults()
+    assert faults() < 0.01 * pages
+
+
+def test_a_child_process_shares_nothing_that_is_kept(spare):
+    take(), take()
+    assert spare
+    if (child := os.fork()) == 0:
+        os._exit(len(spare))
+    assert os.waitpid(child, 0)[1] == 0 and not spare
+
+
+def test_without_memory_torch_says_so(spare, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(spare_memory, "_Pages", refuse)
+    assert take().shape == (V, D)
+    with pytest.raises(RuntimeError, match="allocate"):
+        take(1 << 50)
 
 
 def test_a_view_holds_the_memory(spare):
@@ -96,5 +157,6 @@ def test_gradients_that_add_up_need_one_spare(spare):
     weight = torch.nn.Parameter(torch.randn(V, D) / 8)
     for _ in range(3):
         pk.token_logps(hidden, weight, labels).logps.sum().backward()
+    assert len(spare) == 1
     (one,) = torch.autograd.grad(pk.token_logps(hidden, weight, labels).logps.sum(), weight)
     torch.testing.assert_close(weight.grad, 3 * one)

@@ -156,15 +156,16 @@ def _train(args: argparse.Namespace) -> int:
     from prefkern.training.resolve import resolve_loss
 
     resolve_loss(config.loss)  # a wrong loss is told before importing transformers takes its seconds
+    import torch.distributed as dist
+
     from prefkern.training.run import run_training
 
+    is_callers = dist.is_available() and dist.is_initialized()
     result = run_training(config)
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
         print(f"model    {result.model}\nmetrics  {result.output / 'metrics.jsonl'}\ncurves   {result.curves}")
-    import torch.distributed as dist
-
     # Threads of gloo that outlive the interpreter abort it. Not after an error: others may still be in a collective.
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized() and not is_callers:
         dist.destroy_process_group()
     return 0
 
