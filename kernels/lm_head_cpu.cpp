@@ -8,7 +8,8 @@
 //
 // Any r would do that neither overflows nor loses all to underflow: e has fp32's range in bf16 too. When a sum leaves
 // [1/16, 16], r moves by a whole number, and what was summed is scaled. A slice of which a row's sum leaves what fp32
-// can hold comfortably is given up before anything was changed, and its caller does it by other means.
+// can hold comfortably is given up before anything was changed, and its caller does it by other means. All slices are
+// one walk of the threads, which wait for each other twice in each: for the logits, and for what the sums become.
 //
 // Backward: each logit is read once, and its gradient lies in memory as the two products that follow read it, packed.
 
@@ -16,22 +17,27 @@
 
 #include <math.h>
 
+#include <new>
+
 #include "bf16_cpu.h"
 
 extern "C" {
 
-struct Slice {
+struct Head {
     const uint32_t* hidden;  // (rows, depth), packed by prefkern_pack_rows
-    Matrix weight;           // (width, depth), a line an entry
-    int64_t rows, width, depth;
+    Matrix weight;           // (vocab, depth), a line an entry
+    int64_t rows, vocab, depth;
+    int64_t first, step;  // the entry to begin with, and how many a slice has
     const int64_t* labels;
-    int64_t first;         // the label of the slice's first entry
     int64_t ignore_index;  // the label of rows whose sums may be anything
     float scale;           // z = scale * logit
     int32_t threads;
-    uint16_t* logits;  // (rows, width), written; or null
-    float* acc;        // (gradient, depth), or null
-    int64_t logits_stride, acc_stride, gradient;
+    // Written, or null; those of a slice that begins at entry v: dense lines of its width, from v * apart on, these
+    // rows after `rows_before`.
+    uint16_t* logits;
+    int64_t logits_apart, rows_before;
+    float* acc;  // (gradient, depth), or null
+    int64_t acc_stride, gradient;
     float *reference, *sum, *label;  // of each row; label: z of the label where this slice has it, else as it was
     float *dot, *top;                // the same, or both null: not wanted. top: the largest z
 };
@@ -117,78 +123,40 @@ ISA __attribute__((noinline)) void fold(const uint16_t* logits, const float* ref
     if (left.e) pack_words(packed[0], left.e), pack_words(packed[1], left.e + 16 * MR);
 }
 
-// Blocks of logits, and where what they leave is gathered.
-struct Gathered {
-    const Slice* slice;
-    const float* reference;     // of every row, and as many zeros as fill the last block
-    float *sums, *dots, *tops;  // [panel][rows], rows as many as fill blocks
-    float* labels;              // of the rows whose label is in the slice
-    uint32_t* e;
-    long rows, apart;
+// What the rows' sums become by a slice, and what its blocks leave for that.
+struct Sums {
+    long rows;                                       // as many as fill blocks
+    float *reference, *labels;                       // of each row, before the slice; labels: and with it
+    float *next_sum, *next_dot, *next_top, *factor;  // of each row, with it; factor: of what was summed before
+    float *sums, *dots, *tops;                       // [panel][rows]; the last two null: not wanted
 
-    ISA MEMBER void block(const Kernel& kernel, long block, long count, long column, long) const {
-        const long row = block * MR, at = column / NR * rows + row;
-        uint32_t* const words = e ? e + block * apart + column / 2 * MR : nullptr;
-        const Left left{sums + at, dots ? dots + at : nullptr, tops ? tops + at : nullptr, words};
-        for (long i = 0; words && i < MR * NR / 2; i += 16) __builtin_prefetch(words + i, 1);
-        alignas(64) uint16_t logits[MR * NR];
-        kernel.run(Written{logits, NR});
-        (slice->scale == 1 ? fold<false> : fold<true>)(logits, reference + row, slice->scale, left);
-        if (slice->logits) keep(logits, slice->logits + row * slice->logits_stride + column, count);
-        for (long y = 0; y < count; y++) {
-            const uint64_t label = slice->labels[row + y] - slice->first - column;
-            if (label >= NR) continue;
-            const uint32_t bits = uint32_t(logits[y * NR + label]) << 16;
-            float z;
-            memcpy(&z, &bits, sizeof z);
-            labels[row + y] = z * slice->scale;
-            if (words) ((uint16_t*)(words + label / 2 * MR + y))[label % 2] = 0;
+    static size_t words(const Head& head, long width) {
+        return 6 * filled(head.rows) + (head.dot ? 3 : 1) * filled(head.rows) * (width / NR);
+    }
+
+    static long filled(long rows) { return (rows + MR - 1) / MR * MR; }
+
+    Sums(const Head& head, long width, float* memory) : rows(filled(head.rows)) {
+        if (!memory) return;
+        for (float** of : {&reference, &labels, &next_sum, &next_dot, &next_top, &factor}) *of = memory, memory += rows;
+        const long size = rows * (width / NR);
+        sums = memory, dots = head.dot ? sums + size : nullptr, tops = head.dot ? dots + size : nullptr;
+        std::fill(reference, reference + rows, 0.0f);
+    }
+
+    void begin(const Head& head) const {
+        for (long row = 0; row < head.rows; row++) {
+            reference[row] = head.reference[row] == -INFINITY ? 0 : head.reference[row];
+            labels[row] = head.label[row];
         }
     }
 
-    // Past the caches, which have no use for logits that backward will read.
-    ISA MEMBER void keep(const uint16_t* logits, uint16_t* to, long count) const {
-        const bool is_aligned = uintptr_t(to) % 64 == 0 && slice->logits_stride % 32 == 0;
-        for (long y = 0; y < count; y++)
-            for (long x = 0; x < NR; x += 32) {
-                const __m512i line = _mm512_load_si512(logits + y * NR + x);
-                __m512i* const there = (__m512i*)(to + y * slice->logits_stride + x);
-                is_aligned ? _mm512_stream_si512(there, line) : _mm512_storeu_si512(there, line);
-            }
-    }
-};
-
-// A slice's fold into the sums of the rows.
-struct Fold {
-    const Slice& slice;
-    long rows, panels;  // rows: as many as fill blocks
-    float *reference, *sums, *dots, *tops, *labels;
-    float *next_sum, *next_dot, *next_top, *shift, *factor;  // of each row: what they will be
-    std::atomic<bool> is_refused{false}, has_shifts{false};
-
-    Fold(const Slice& slice) : slice(slice), rows((slice.rows + MR - 1) / MR * MR), panels(slice.width / NR) {}
-
-    static constexpr long OF_ROWS = 7;
-
-    size_t words() const { return OF_ROWS * rows + (slice.dot ? 3 : 1) * rows * panels; }
-
-    void place(float* memory) {
-        float** const of_rows[OF_ROWS] = {&reference, &labels, &next_sum, &next_dot, &next_top, &shift, &factor};
-        for (float** of : of_rows) *of = memory, memory += rows;
-        sums = memory;
-        dots = slice.dot ? sums + rows * panels : nullptr, tops = slice.dot ? dots + rows * panels : nullptr;
-        for (long row = 0; row < rows; row++) {
-            const bool is_new = row >= slice.rows || slice.reference[row] == -INFINITY;
-            reference[row] = is_new ? 0 : slice.reference[row];
-            if (row < slice.rows) labels[row] = slice.label[row];
-        }
-    }
-
-    // Of some rows: what the slice makes of their sums.
-    ISA void merge(long begin, long end) {
+    // Of some rows. Returns whether their sums allow it; `next`: those of the slice that comes after.
+    ISA bool merge(const Head& head, long panels, long begin, long end, const Sums& next) const {
+        bool is_allowed = true;
         for (long row = begin; row < end; row++) {
-            next_sum[row] = slice.sum[row];
-            if (dots) next_dot[row] = slice.dot[row], next_top[row] = slice.top[row];
+            next_sum[row] = head.sum[row];
+            if (dots) next_dot[row] = head.dot[row], next_top[row] = head.top[row];
         }
         for (long at = 0; at < rows * panels; at += rows) {
 #pragma omp simd
@@ -202,30 +170,101 @@ struct Fold {
         }
         for (long row = begin; row < end; row++) {
             const float sum = next_sum[row];
-            shift[row] = 0.0f, factor[row] = 1.0f;
-            if (slice.labels[row] == slice.ignore_index) {  // whatever it holds: nobody reads it
-                next_sum[row] = slice.sum[row];
+            factor[row] = 1.0f, next.reference[row] = reference[row], next.labels[row] = labels[row];
+            if (head.labels[row] == head.ignore_index) {  // whatever it holds: nobody reads it
+                next_sum[row] = head.sum[row];
                 continue;
             }
-            if (!(sum > 1e-30f && sum < 1e30f)) is_refused = true;
+            if (!(sum > 1e-30f && sum < 1e30f)) is_allowed = false;
             if (sum >= 0.0625f && sum <= 16.0f) continue;
-            has_shifts = true;
             // Of a large reference not every whole number is the next one's distance.
-            const float moved = reference[row] + rintf(logf(sum));
-            shift[row] = moved - reference[row];
-            factor[row] = expf(-shift[row]);
+            next.reference[row] = reference[row] + rintf(logf(sum));
+            const float shift = next.reference[row] - reference[row];
+            factor[row] = expf(-shift);
             next_sum[row] = sum * factor[row];
-            if (dots) next_dot[row] = (next_dot[row] - shift[row] * sum) * factor[row];
+            if (dots) next_dot[row] = (next_dot[row] - shift * sum) * factor[row];
+        }
+        return is_allowed;
+    }
+
+    void commit(const Head& head, long begin, long end, const Sums& next) const {
+        for (long row = begin; row < end; row++) {
+            head.reference[row] = next.reference[row];
+            head.sum[row] = next_sum[row], head.label[row] = labels[row];
+            if (dots) head.dot[row] = next_dot[row], head.top[row] = next_top[row];
+        }
+    }
+};
+
+// Blocks of logits, and where what they leave is gathered.
+struct Gathered {
+    const Head* head;
+    long first, width;
+    Sums sums;
+    uint16_t* to;  // where logits are kept, or null
+    uint32_t* e;   // or null
+    long apart;    // words between two blocks of it
+
+    ISA MEMBER void block(const Kernel& kernel, long block, long count, long column, long) const {
+        const long row = block * MR, at = column / NR * sums.rows + row;
+        uint32_t* const words = e ? e + block * apart + column / 2 * MR : nullptr;
+        const Left left{sums.sums + at, sums.dots ? sums.dots + at : nullptr, sums.dots ? sums.tops + at : nullptr,
+                        words};
+        for (long i = 0; words && i < MR * NR / 2; i += 16) __builtin_prefetch(words + i, 1);
+        alignas(64) uint16_t logits[MR * NR];
+        kernel.run(Written{logits, NR});
+        (head->scale == 1 ? fold<false> : fold<true>)(logits, sums.reference + row, head->scale, left);
+        if (to) keep(logits, to + row * width + column, count);
+        for (long y = 0; y < count; y++) {
+            const uint64_t label = head->labels[row + y] - first - column;
+            if (label >= NR) continue;
+            const uint32_t bits = uint32_t(logits[y * NR + label]) << 16;
+            float z;
+            memcpy(&z, &bits, sizeof z);
+            sums.labels[row + y] = z * head->scale;
+            if (words) ((uint16_t*)(words + label / 2 * MR + y))[label % 2] = 0;
         }
     }
 
-    void commit(long begin, long end) {
-        for (long row = begin; row < end; row++) {
-            slice.reference[row] = reference[row] + shift[row];
-            slice.sum[row] = next_sum[row], slice.label[row] = labels[row];
-            if (dots) slice.dot[row] = next_dot[row], slice.top[row] = next_top[row];
-        }
+    // Past the caches, which have no use for logits that backward will read.
+    ISA MEMBER void keep(const uint16_t* logits, uint16_t* to, long count) const {
+        const bool is_aligned = uintptr_t(to) % 64 == 0 && width % 32 == 0;
+        for (long y = 0; y < count; y++)
+            for (long x = 0; x < NR; x += 32) {
+                const __m512i line = _mm512_load_si512(logits + y * NR + x);
+                __m512i* const there = (__m512i*)(to + y * width + x);
+                is_aligned ? _mm512_stream_si512(there, line) : _mm512_storeu_si512(there, line);
+            }
     }
+};
+
+// A slice: its logits, folded, and what it adds to acc.
+struct Slice {
+    long width;
+    Rows of_e;
+    Product<Gathered> logits;
+    Product<Blended> gradient;
+    std::atomic<bool> is_refused{false};
+
+    Slice(const Head& head, long first, long width, const Sums& sums, uint32_t* e, uint32_t* own, size_t words)
+        : width(width),
+          of_e(head.rows, width),
+          logits({nullptr, 0, 0}, {line(head, first), head.weight.stride, 1},
+                 Gathered{&head, first, width, sums, place(head, first, width), e, of_e.apart}, head.rows, width,
+                 head.depth, head.threads),
+          gradient({nullptr, 0, 0}, {line(head, first), head.weight.stride, 0},
+                   Blended{head.acc, head.acc_stride, sums.factor, sums.factor}, head.gradient, head.depth, width,
+                   head.threads) {
+        if (own) logits.place((uint32_t*)head.hidden, own, words), gradient.place(e, own, words);
+    }
+
+    static const uint16_t* line(const Head& head, long entry) { return head.weight.data + entry * head.weight.stride; }
+
+    static uint16_t* place(const Head& head, long first, long width) {
+        return head.logits ? head.logits + first * head.logits_apart + head.rows_before * width : nullptr;
+    }
+
+    size_t words() const { return std::max(logits.words(), gradient.words()); }
 };
 
 // dL/dlogits = g (onehot - p) - e p (log p + entropy), p = exp(z - lse), as two products read it.
@@ -313,49 +352,57 @@ void prefkern_pack_rows(const Matrix* a, int64_t rows, int64_t depth, uint32_t* 
         pack_block(*a, i * MR, std::min(MR, rows - i * MR), depth, out + i * packed.apart);
 }
 
-// Folds a slice, whose width is a multiple of 64, into the rows' sums. Returns 0 where that was done, 1 where a row's
-// sum does not allow it, 2 where memory was refused; in the latter two only `logits` may have been changed.
-int prefkern_head_slice(const Slice* of) {
-    const Slice& slice = *of;
-    Fold fold(slice);
-    const Rows e(slice.rows, slice.width);
-    const Matrix packed{nullptr, 0, 0}, columns{slice.weight.data, slice.weight.stride, 1};
-    Product<Gathered> logits(packed, columns,
-                             Gathered{&slice, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, fold.rows, e.apart},
-                             slice.rows, slice.width, slice.depth, slice.threads);
-    Product<Blended> gradient(packed, slice.weight, Blended{slice.acc, slice.acc_stride, nullptr, nullptr},
-                              slice.gradient, slice.depth, slice.width, slice.threads);
-    const size_t e_words = slice.acc ? e.words() : 0, panels = std::max(logits.words(), gradient.words());
-    const size_t fold_words = (fold.words() + 1023) / 1024 * 1024;
-    uint32_t* const memory = (uint32_t*)workspace.get(4 * (e_words + fold_words + panels * slice.threads));
-    if (!memory) return 2;
-    uint32_t* const own = memory + e_words + fold_words;
-    fold.place((float*)(memory + e_words));
-    Gathered& gathered = logits.output;
-    gathered.reference = fold.reference, gathered.labels = fold.labels;
-    gathered.sums = fold.sums, gathered.dots = fold.dots, gathered.tops = fold.tops;
-    gathered.e = slice.acc ? memory : nullptr;
-    logits.place((uint32_t*)slice.hidden, own, panels);
-    gradient.place(memory, own, panels);
-#pragma omp parallel num_threads(slice.threads)
+// Folds slice after slice into the rows' sums, up to one whose width is not a multiple of 64 or of which a row's sum
+// does not allow it; of the latter only `logits` may have been changed. Returns the entry that it came to, or -1 where
+// memory was refused.
+int64_t prefkern_head_forward(const Head* of) {
+    const Head& head = *of;
+    const long left = head.vocab - head.first, most = std::min<long>(head.step, left), rest = left % most;
+    const long end = head.vocab - (most % NR ? left : rest % NR ? rest : 0);
+    if (end <= head.first) return head.first;
+    // Memory of two slices: threads begin with the next one while others still add to acc.
+    const size_t of_sums = (Sums::words(head, most) + 1023) / 1024 * 1024;
+    const size_t of_e = head.acc ? Rows(head.rows, most).words() : 0, all_e = end - head.first > most ? 2 * of_e : of_e;
+    size_t of_thread = 0;
+    for (long width : {most, rest}) {
+        if (width == 0) continue;
+        const Slice slice(head, head.first, width, Sums(head, 0, nullptr), nullptr, nullptr, 0);
+        of_thread = std::max(of_thread, slice.words());
+    }
+    uint32_t* const memory = (uint32_t*)workspace.get(4 * (2 * of_sums + all_e + of_thread * head.threads));
+    if (!memory) return -1;
+    uint32_t* const own = memory + 2 * of_sums + all_e;
+    const Sums sums[2] = {Sums(head, most, (float*)memory), Sums(head, most, (float*)(memory + of_sums))};
+    sums[0].begin(head);
+    alignas(Slice) char room[2][sizeof(Slice)];
+    const auto prepare = [&](long first, long turn) {
+        uint32_t* const e = head.acc ? memory + 2 * of_sums + turn * of_e : nullptr;
+        return new (room[turn]) Slice(head, first, std::min(most, end - first), sums[turn], e, own, of_thread);
+    };
+    prepare(head.first, 0);
+    long done = head.first;
+#pragma omp parallel num_threads(head.threads)
     {
         const long thread = omp_get_thread_num(), team = omp_get_num_threads();
-        const long begin = slice.rows * thread / team, end = slice.rows * (thread + 1) / team;
-        logits.work(thread, team);
-        _mm_sfence();
+        const long begin = head.rows * thread / team, stop = head.rows * (thread + 1) / team;
+        long turn = 0;
+        for (long first = head.first; first < end; turn = 1 - turn) {
+            Slice& slice = *(Slice*)room[turn];
+            slice.logits.work(thread, team);
+            _mm_sfence();
+            first += slice.width;
 #pragma omp barrier
-        fold.merge(begin, end);
+            const bool is_allowed = sums[turn].merge(head, slice.width / NR, begin, stop, sums[1 - turn]);
+            if (!is_allowed) slice.is_refused = true;
+            if (thread == 0 && first < end) prepare(first, 1 - turn);
 #pragma omp barrier
-        if (!fold.is_refused) {
-            if (slice.acc) {
-#pragma omp single
-                if (fold.has_shifts) gradient.output.keep = gradient.output.gain = fold.factor;
-                gradient.work(thread, team);
-            }
-            fold.commit(begin, end);
+            if (slice.is_refused) break;
+            sums[turn].commit(head, begin, stop, sums[1 - turn]);
+            if (head.acc) slice.gradient.work(thread, team);
+            if (thread == 0) done = first;
         }
     }
-    return fold.is_refused;
+    return done;
 }
 
 // dhidden and dweight of a slice, whose width is a multiple of 32. Returns 0, or 2 where memory was refused.

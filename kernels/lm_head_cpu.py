@@ -24,17 +24,18 @@ from . import product_cpu
 from .product_cpu import Matrix, library, matrix
 
 # A slice's width has to be a multiple.
-_COLUMNS, _GRADIENT_COLUMNS = 64, 32
+_GRADIENT_COLUMNS = 32
 
 
-class _Slice(ctypes.Structure):
+class _Head(ctypes.Structure):
     _fields_ = [
         ("hidden", ctypes.c_void_p), ("weight", Matrix),
-        ("rows", ctypes.c_int64), ("width", ctypes.c_int64), ("depth", ctypes.c_int64),
-        ("labels", ctypes.c_void_p), ("first", ctypes.c_int64), ("ignore_index", ctypes.c_int64),
+        ("rows", ctypes.c_int64), ("vocab", ctypes.c_int64), ("depth", ctypes.c_int64),
+        ("first", ctypes.c_int64), ("step", ctypes.c_int64),
+        ("labels", ctypes.c_void_p), ("ignore_index", ctypes.c_int64),
         ("scale", ctypes.c_float), ("threads", ctypes.c_int32),
-        ("logits", ctypes.c_void_p), ("acc", ctypes.c_void_p),
-        ("logits_stride", ctypes.c_int64), ("acc_stride", ctypes.c_int64), ("gradient", ctypes.c_int64),
+        ("logits", ctypes.c_void_p), ("logits_apart", ctypes.c_int64), ("rows_before", ctypes.c_int64),
+        ("acc", ctypes.c_void_p), ("acc_stride", ctypes.c_int64), ("gradient", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("reference", "sum", "label", "dot", "top")),
     ]  # fmt: skip
 
@@ -89,27 +90,30 @@ class Rows:
         self,
         weight: Tensor,
         first: int,
+        step: int,
         sums: RowSums,
         top: Tensor | None,
         *,
         logits: Tensor | None = None,
+        rows_before: int = 0,
         acc: Tensor | None = None,
-    ) -> bool:
-        """Fold a slice of the vocabulary into `sums`, unless False is returned: then sums and acc are as before.
+    ) -> int:
+        """Fold the vocabulary into `sums`, slice after slice, up to the first that compiled code cannot do.
 
         Args:
-            weight: (W, D) slice of the head; first: the label of its first entry.
+            weight: (V, D), the head; first: the entry to begin with; step: how many make a slice.
             sums: of the rows, over what was seen before. `top` is their reference, -inf where there is none yet.
             top: (N,) the largest z, or None.
-            logits: (N, W) where the raw logits are to be left; it may be written to in any case.
+            logits: (V, X) memory in which raw logits are to be left: those of a slice of W entries are lines of W from
+                its first entry's line on, these rows' after rows_before others; may be written to in any case.
             acc: (M, D) fp32, of the M leading rows; scaled as their reference moves. Ignored rows may hold anything.
+        Returns:
+            The entry that the first slice not folded begins with, V if all were: sums and acc are those up to it.
         """
-        if weight.shape[0] % _COLUMNS:
-            return False
         if "torch.utils.flop_counter" in sys.modules:
             _count_flops()
-        return torch.ops.prefkern.head_slice(
-            *sums[:4], top, logits, acc, self.hidden, self.packed, weight, self.labels, first,
+        return torch.ops.prefkern.head_forward(
+            *sums[:4], top, logits, acc, self.hidden, self.packed, weight, self.labels, first, step, rows_before,
             self.head.ignore_index, self.head.logit_scale / self.head.temperature,
         )  # fmt: skip
 
@@ -161,9 +165,9 @@ class Gradient:
 
 _operators = torch.library.Library("prefkern", "FRAGMENT")
 _operators.define(
-    "head_slice(Tensor(a!) reference, Tensor(b!) sum, Tensor(c!) label, Tensor(d!)? dot, Tensor(e!)? top,"
+    "head_forward(Tensor(a!) reference, Tensor(b!) sum, Tensor(c!) label, Tensor(d!)? dot, Tensor(e!)? top,"
     " Tensor(f!)? logits, Tensor(g!)? acc, Tensor hidden, Tensor packed, Tensor weight, Tensor labels, int first,"
-    " int ignore_index, float scale) -> bool"
+    " int step, int rows_before, int ignore_index, float scale) -> int"
 )
 _operators.define(
     "head_slice_gradient(Tensor(a!)? dhidden, Tensor(b!)? dweight, Tensor logits, Tensor hidden, Tensor weight,"
@@ -171,8 +175,8 @@ _operators.define(
 )
 
 
-@torch.library.impl(_operators, "head_slice", "CPU")
-def _head_slice(
+@torch.library.impl(_operators, "head_forward", "CPU")
+def _head_forward(
     reference: Tensor,
     sum: Tensor,
     label: Tensor,
@@ -185,22 +189,26 @@ def _head_slice(
     weight: Tensor,
     labels: Tensor,
     first: int,
+    step: int,
+    rows_before: int,
     ignore_index: int,
     scale: float,
-) -> bool:
+) -> int:
     # An operator, so that whoever counts or traces operators sees the products.
-    (rows, depth), width = hidden.shape, weight.shape[0]
+    rows, depth = hidden.shape
     if (dot is None) != (top is None):  # they come together
         dot, top = (torch.zeros_like(sum) if x is None else x for x in (dot, top))
-    arguments = _Slice(
-        packed.data_ptr(), matrix(weight), rows, width, depth, labels.data_ptr(), first, ignore_index,
-        scale, torch.get_num_threads(), _address(logits), _address(acc), _stride(logits), _stride(acc),
+    arguments = _Head(
+        packed.data_ptr(), matrix(weight), rows, weight.shape[0], depth, first, step, labels.data_ptr(), ignore_index,
+        scale, torch.get_num_threads(), _address(logits), _stride(logits), rows_before, _address(acc), _stride(acc),
         0 if acc is None else acc.shape[0], *map(_address, (reference, sum, label, dot, top)),
     )  # fmt: skip
-    outcome = library().prefkern_head_slice(ctypes.byref(arguments))
-    if outcome == 2:
-        raise MemoryError(f"no memory for a slice of {width} entries of the vocabulary and {rows} rows")
-    return outcome == 0
+    forward = library().prefkern_head_forward
+    forward.restype = ctypes.c_int64
+    done = forward(ctypes.byref(arguments))
+    if done < 0:
+        raise MemoryError(f"no memory for slices of {step} entries of the vocabulary and {rows} rows")
+    return done
 
 
 @torch.library.impl(_operators, "head_slice_gradient", "CPU")
@@ -245,10 +253,11 @@ def _count_flops() -> None:
     """Tell torch's FlopCounterMode of the operator. Its module imports triton, so not before somebody uses it."""
     from torch.utils.flop_counter import register_flop_formula
 
-    @register_flop_formula(torch.ops.prefkern.head_slice)
-    def flops(_, __, ___, ____, _____, ______, acc_shape, hidden_shape, _p, weight_shape, *args, **kwargs) -> int:
-        rows = hidden_shape[0] + (acc_shape[0] if acc_shape else 0)
-        return 2 * rows * weight_shape[0] * weight_shape[1]
+    @register_flop_formula(torch.ops.prefkern.head_forward, get_raw=True)
+    def flops(*args, out_val: int, **kwargs) -> int:
+        acc, hidden, first = args[6], args[7], args[11]
+        rows = hidden.shape[0] + (0 if acc is None else acc.shape[0])
+        return 2 * rows * (out_val - first) * hidden.shape[1]
 
     @register_flop_formula(torch.ops.prefkern.head_slice_gradient)
     def flops_of_gradient(dhidden_shape, dweight_shape, logits_shape, hidden_shape, *args, **kwargs) -> int:

@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled products; None where not built or not the fastest: a property of the machine, never timed."""
     found = load("_product_cpu")
     # One built before its source was last changed may lack a part.
-    if found is None or not hasattr(found, "prefkern_head_slice") or not found.prefkern_multiplies_bf16():
+    if found is None or not hasattr(found, "prefkern_head_forward") or not found.prefkern_multiplies_bf16():
         return None
     try:
         return None if "GenuineIntel" in Path("/proc/cpuinfo").read_text() else found

@@ -114,14 +114,22 @@ class _Walk:
         pairs = [(unit[block], w) for unit, w in zip(units, (weight, low_weight)) if unit is not None]
         count = pairs[0][0].shape[0] if pairs else 0
         accs = [torch.zeros(unit.shape, dtype=sums.sum.dtype, device=unit.device) for unit, _ in pairs]
-        packed = None if self.whole is None else self.whole.Rows.of(self.operands.hidden[block], labels, self.head)
         keeps = self.kept is not None and block.start < self.kept.rows
-        for part in _slices(0, vocab, self.width):
-            room = self.kept.room(block, part) if keeps else None
-            if packed is not None and (room is not None or not keeps):
+        packed = None
+        if self.whole is not None and (not keeps or (block.stop <= self.kept.rows and self.width == self.kept.step)):
+            packed = self.whole.Rows.of(self.operands.hidden[block], labels, self.head)
+        done = 0
+        while done < vocab:
+            if packed is not None:
                 acc = accs[0] if accs else None
-                if packed.fold(weight[part], part.start, sums, top, logits=room, acc=acc):
-                    continue
+                done = packed.fold(
+                    weight, done, self.width, sums, top, logits=self.kept.memory if keeps else None,
+                    rows_before=block.start, acc=acc,
+                )  # fmt: skip
+                if done == vocab:
+                    break
+            part = slice(done, min(done + self.width, vocab))
+            done, room = part.stop, self.kept.room(block, part) if keeps else None
             tile, is_kept = self._tile(block, part, room)
             own = self.rows.fold(
                 tile, labels - part.start, self.head, bias_V=None if bias is None else bias[part], **self.want,
