@@ -64,7 +64,7 @@ namespace {
 using prefkern::workspace;
 
 constexpr long MR = 6, NR = 64;          // rows and columns of the innermost block
-constexpr long KC = 1024;                // the deepest panel
+constexpr long KC = 1152;                // the deepest panel
 constexpr long RANGES = 4;               // of rows, that each of the last panels is cut into
 constexpr long STRIP = 16;               // blocks of A that are packed at once where A is transposed
 constexpr long A_WORDS = long(4) << 20;  // of A at a time, about
@@ -129,11 +129,6 @@ struct Panel {
     }
 
     ISA void pack(long chunk, uint32_t* out) const { b.transposed ? pack_columns(chunk, out) : pack_lines(chunk, out); }
-
-    // Where a chunk of lines will go.
-    void prefetch_room(long chunk, uint32_t* out) const {
-        for (long i = 0; i < 256; i += 16) __builtin_prefetch(out + chunk * 256 + i, 1);
-    }
 
     ISA void pack_columns(long chunk, uint32_t* out) const {
         const long j = chunk % 4 * 16, q = chunk / 4 * 32;
@@ -254,9 +249,20 @@ struct Fetch {
 // The sums of an innermost block: 6 rows and 64 columns of C.
 typedef __m512 Block[MR][4];
 
+// Fetches for writing the next line of what a block of C is about to change: one in every second of the innermost steps.
+// All at once, they would keep the panel waiting.
+template <class T>
+INLINE void prefetch_line(T* to, long stride, long k) {
+    constexpr long LINES = NR * long(sizeof(T)) / 64;  // of a row
+    const long line = std::min(k / 16, MR * LINES - 1);
+    __builtin_prefetch(to + line / LINES * stride + line % LINES * (64 / long(sizeof(T))), 1);
+}
+
 // What becomes of them if the sums over k go on: they are kept, [6][64].
 struct Partial {
     float* to;
+
+    MEMBER void fetch(long k) const { prefetch_line(to, NR, k); }
 
     ISA MEMBER void take(const Block& sums) const {
         UNROLL
@@ -272,7 +278,7 @@ struct Kernel {
     Fetch fetch;
     const float* before;  // sums over earlier k, [6][64], or null
 
-    // take.take(sums) gets the result.
+    // take.take(sums) gets the result; take.fetch(k) is called on the way.
     template <class Take>
     ISA MEMBER void run(const Take& take) const {
         const uint32_t *a = this->a, *b = this->b;
@@ -301,6 +307,7 @@ struct Kernel {
             UNROLL
             for (int i = 0; i < 3; i++) prefetch(a + to_next_block + 16 * i);
             prefetch(fetch.from + on), prefetch(fetch.from + on + 32), prefetch(fetch.from + on + fetch.third);
+            take.fetch(k);
             on += fetch.step;
             if (--left == 0) fetch.from += fetch.stride, on = 0, left = fetch.run;
             UNROLL
@@ -317,13 +324,6 @@ struct Kernel {
 struct Task {
     long column, block, blocks;  // of a panel of B, and a range of blocks of A
 };
-
-// Fetched for writing: what a whole block of C is about to change.
-template <class T>
-INLINE void prefetch_block(T* to, long stride) {
-    for (long y = 0; y < MR; y++)
-        for (long x = 0; x < NR; x += 64 / long(sizeof(T))) __builtin_prefetch(to + y * stride + x, 1);
-}
 
 // Blocks of 6 rows of A, packed.
 struct Rows {
@@ -350,16 +350,20 @@ struct Product {
     uint32_t *packed_a, *own;
     std::atomic<long> next{0};
 
-    Product(Matrix a, Matrix b, const Output& output, long rows, long columns, long depth, int threads)
+    // is_last: whether threads wait for each other at the end, rather than begin with something else.
+    Product(Matrix a, Matrix b, const Output& output, long rows, long columns, long depth, int threads,
+            bool is_last = true)
         : a(a), b(b), output(output), of_a(rows, depth), columns(columns), depth(depth), threads(threads) {
         blocks = of_a.blocks, apart = of_a.apart;
         const long pieces = std::max(1L, (depth + KC - 1) / KC);
         piece = std::max(32L, (depth + pieces * 32 - 1) / (pieces * 32) * 32);
         panels = (columns + NR - 1) / NR;
         // While A is not packed, the first panel is everybody's: each thread takes a range of rows, and packs them for
-        // all on the way. Then panels one by one, and the last in ranges of rows.
+        // all on the way. Then panels one by one, and the last in ranges of rows, for each of which they are packed
+        // again.
         ours = a.data ? 1 : 0;
-        whole = threads == 1 ? panels - ours : std::max(0L, (panels - ours) / threads - 1) * threads;
+        const bool goes_on = !is_last && panels - ours >= 4 * threads;
+        whole = threads == 1 || goes_on ? panels - ours : std::max(0L, (panels - ours) / threads - 1) * threads;
         ranges = std::min(RANGES, std::max(1L, blocks / 8));
         tasks = whole + (panels - ours - whole) * ranges;
         panel_words = (std::min(depth, piece) + 31) / 32 * 16 * NR;
@@ -432,8 +436,6 @@ struct Product {
                 float* const sums = partial + i * MR * NR;
                 const Kernel kernel{packed_a + i * apart + k / 2 * MR, this_panel, (here.depth + 1) / 2,
                                     i + 1 < end ? apart : 0,           fetch,      k > 0 ? sums : nullptr};
-                if (depth > piece) prefetch_block(sums, NR);
-                for (long chunk = packed; chunk < fetched; chunk++) there.prefetch_room(chunk, room);
                 if (is_last)
                     output.block(kernel, i, std::min(MR, of_a.rows - i * MR), here.column, here.columns);
                 else
@@ -477,6 +479,8 @@ struct Written {
     uint16_t* out;
     long stride;
 
+    MEMBER void fetch(long k) const { prefetch_line(out, stride, k); }
+
     ISA MEMBER void take(const Block& sums) const {
         UNROLL
         for (int i = 0; i < MR; i++) UNROLL
@@ -486,10 +490,7 @@ struct Written {
 
     ISA MEMBER void block(const Kernel& kernel, long block, long rows, long column, long columns) const {
         uint16_t* const to = out + block * MR * stride + column;
-        if (rows == MR && columns == NR) {
-            prefetch_block(to, stride);
-            return kernel.run(Written{to, stride});
-        }
+        if (rows == MR && columns == NR) return kernel.run(Written{to, stride});
         alignas(64) uint16_t edge[MR * NR];
         kernel.run(Written{edge, NR});
         for (long y = 0; y < rows; y++) memcpy(to + y * stride, edge + y * NR, columns * sizeof(uint16_t));
@@ -503,6 +504,8 @@ struct Blended {
     float* total;
     long stride;
     const float *keep, *gain;
+
+    MEMBER void fetch(long k) const { prefetch_line(total, stride, k); }
 
     ISA MEMBER void take(const Block& sums) const {
         UNROLL
@@ -518,10 +521,7 @@ struct Blended {
         const long row = block * MR;
         float* const to = total + row * stride + column;
         const float *of_keep = keep ? keep + row : nullptr, *of_gain = gain ? gain + row : nullptr;
-        if (rows == MR && columns == NR) {
-            prefetch_block(to, stride);
-            return kernel.run(Blended{to, stride, of_keep, of_gain});
-        }
+        if (rows == MR && columns == NR) return kernel.run(Blended{to, stride, of_keep, of_gain});
         alignas(64) float edge[MR * NR];
         kernel.run(Partial{edge});
         for (long y = 0; y < rows; y++)

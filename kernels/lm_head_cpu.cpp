@@ -9,7 +9,8 @@
 // Any r would do that neither overflows nor loses all to underflow: e has fp32's range in bf16 too. When a sum leaves
 // [1/16, 16], r moves by a whole number, and what was summed is scaled. A slice of which a row's sum leaves what fp32
 // can hold comfortably is given up before anything was changed, and its caller does it by other means. All slices are
-// one walk of the threads, which wait for each other twice in each: for the logits, and for what the sums become.
+// one walk of the threads, which wait for each other twice in each: for the logits, and for what the sums become. In
+// the end acc becomes the gradient of hidden, for dL/dlogp = 1.
 //
 // Backward: each logit is read once, and its gradient lies in memory as the two products that follow read it, packed.
 
@@ -38,6 +39,7 @@ struct Head {
     int64_t logits_apart, rows_before;
     float* acc;  // (gradient, depth), or null
     int64_t acc_stride, gradient;
+    uint16_t* unit;  // (gradient, depth), dense: d logp / d hidden, written when all of the vocabulary has been seen
     float *reference, *sum, *label;  // of each row; label: z of the label where this slice has it, else as it was
     float *dot, *top;                // the same, or both null: not wanted. top: the largest z
 };
@@ -196,6 +198,31 @@ struct Sums {
     }
 };
 
+// d logp / d hidden of some rows = scale ((1 - p) weight[label] - acc / sum): acc lacks the label's own share, and 1 -
+// p is by expm1, as both would cancel where p is nearly 1.
+ISA void finish(const Head& head, long begin, long end) {
+    for (long row = begin; row < end; row++) {
+        uint16_t* const to = head.unit + row * head.depth;
+        const int64_t label = head.labels[row];
+        if (label == head.ignore_index) {
+            memset(to, 0, head.depth * sizeof *to);
+            continue;
+        }
+        const float sum = head.sum[row], logp = head.label[row] - head.reference[row] - logf(sum);
+        const __m512 rest = _mm512_set1_ps(-expm1f(logp) * head.scale), gain = _mm512_set1_ps(-head.scale / sum);
+        const int64_t entry = std::max<int64_t>(0, std::min<int64_t>(label, head.vocab - 1));
+        const uint16_t* const own = head.weight.data + entry * head.weight.stride;
+        const float* const acc = head.acc + row * head.acc_stride;
+        for (long i = 0; i < head.depth; i += 16) {
+            const __mmask16 there = (__mmask16)::first(std::min(16L, head.depth - i));
+            const __m512 w =
+                (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, own + i)), 16);
+            const __m512 u = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, acc + i), gain, _mm512_mul_ps(w, rest));
+            _mm256_mask_storeu_epi16(to + i, there, (__m256i)_mm512_cvtneps_pbh(u));
+        }
+    }
+}
+
 // Blocks of logits, and where what they leave is gathered.
 struct Gathered {
     const Head* head;
@@ -246,7 +273,8 @@ struct Slice {
     Product<Blended> gradient;
     std::atomic<bool> is_refused{false};
 
-    Slice(const Head& head, long first, long width, const Sums& sums, uint32_t* e, uint32_t* own, size_t words)
+    Slice(const Head& head, long first, long width, bool is_last, const Sums& sums, uint32_t* e, uint32_t* own,
+          size_t words)
         : width(width),
           of_e(head.rows, width),
           logits({nullptr, 0, 0}, {line(head, first), head.weight.stride, 1},
@@ -254,7 +282,7 @@ struct Slice {
                  head.depth, head.threads),
           gradient({nullptr, 0, 0}, {line(head, first), head.weight.stride, 0},
                    Blended{head.acc, head.acc_stride, sums.factor, sums.factor}, head.gradient, head.depth, width,
-                   head.threads) {
+                   head.threads, is_last) {
         if (own) logits.place((uint32_t*)head.hidden, own, words), gradient.place(e, own, words);
     }
 
@@ -366,7 +394,7 @@ int64_t prefkern_head_forward(const Head* of) {
     size_t of_thread = 0;
     for (long width : {most, rest}) {
         if (width == 0) continue;
-        const Slice slice(head, head.first, width, Sums(head, 0, nullptr), nullptr, nullptr, 0);
+        const Slice slice(head, head.first, width, true, Sums(head, 0, nullptr), nullptr, nullptr, 0);
         of_thread = std::max(of_thread, slice.words());
     }
     uint32_t* const memory = (uint32_t*)workspace.get(4 * (2 * of_sums + all_e + of_thread * head.threads));
@@ -377,7 +405,8 @@ int64_t prefkern_head_forward(const Head* of) {
     alignas(Slice) char room[2][sizeof(Slice)];
     const auto prepare = [&](long first, long turn) {
         uint32_t* const e = head.acc ? memory + 2 * of_sums + turn * of_e : nullptr;
-        return new (room[turn]) Slice(head, first, std::min(most, end - first), sums[turn], e, own, of_thread);
+        const long width = std::min(most, end - first);
+        return new (room[turn]) Slice(head, first, width, first + width == end, sums[turn], e, own, of_thread);
     };
     prepare(head.first, 0);
     long done = head.first;
@@ -401,6 +430,9 @@ int64_t prefkern_head_forward(const Head* of) {
             if (head.acc) slice.gradient.work(thread, team);
             if (thread == 0) done = first;
         }
+#pragma omp barrier
+        if (head.unit && done == head.vocab)
+            finish(head, head.gradient * thread / team, head.gradient * (thread + 1) / team);
     }
     return done;
 }
@@ -413,7 +445,7 @@ int prefkern_gradient_slice(const Upstream* of) {
     const bool has_sum = slice.dweight_sum, has_weight = slice.dweight || has_sum;
     const long rows = slice.rows, width = slice.width, depth = slice.depth, threads = slice.threads;
     Product<Blended> dhidden(packed, slice.weight, Blended{slice.dhidden, slice.dhidden_stride, nullptr, nullptr}, rows,
-                             depth, width, threads);
+                             depth, width, threads, !has_weight);
     Product<Written> dweight(packed, slice.hidden, Written{slice.dweight, slice.dweight_stride}, width, depth, rows,
                              threads);
     Product<Blended> dweight_sum(packed, slice.hidden,
@@ -433,9 +465,9 @@ int prefkern_gradient_slice(const Upstream* of) {
         const long thread = omp_get_thread_num(), team = omp_get_num_threads();
         gradient.work();
 #pragma omp barrier
+        if (slice.dhidden) dhidden.work(thread, team);
         if (slice.dweight) dweight.work(thread, team);
         if (has_sum) dweight_sum.work(thread, team);
-        if (slice.dhidden) dhidden.work(thread, team);
     }
     return 0;
 }

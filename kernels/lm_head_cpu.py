@@ -36,6 +36,7 @@ class _Head(ctypes.Structure):
         ("scale", ctypes.c_float), ("threads", ctypes.c_int32),
         ("logits", ctypes.c_void_p), ("logits_apart", ctypes.c_int64), ("rows_before", ctypes.c_int64),
         ("acc", ctypes.c_void_p), ("acc_stride", ctypes.c_int64), ("gradient", ctypes.c_int64),
+        ("unit", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("reference", "sum", "label", "dot", "top")),
     ]  # fmt: skip
 
@@ -97,6 +98,7 @@ class Rows:
         logits: Tensor | None = None,
         rows_before: int = 0,
         acc: Tensor | None = None,
+        unit: Tensor | None = None,
     ) -> int:
         """Fold the vocabulary into `sums`, slice after slice, up to the first that compiled code cannot do.
 
@@ -107,13 +109,14 @@ class Rows:
             logits: (V, X) memory in which raw logits are to be left: those of a slice of W entries are lines of W from
                 its first entry's line on, these rows' after rows_before others; may be written to in any case.
             acc: (M, D) fp32, of the M leading rows; scaled as their reference moves. Ignored rows may hold anything.
+            unit: (M, D) dense, d logp / d hidden of these rows; written if all of the vocabulary has been folded.
         Returns:
             The entry that the first slice not folded begins with, V if all were: sums and acc are those up to it.
         """
         if "torch.utils.flop_counter" in sys.modules:
             _count_flops()
         return torch.ops.prefkern.head_forward(
-            *sums[:4], top, logits, acc, self.hidden, self.packed, weight, self.labels, first, step, rows_before,
+            *sums[:4], top, logits, acc, unit, self.hidden, self.packed, weight, self.labels, first, step, rows_before,
             self.head.ignore_index, self.head.logit_scale / self.head.temperature,
         )  # fmt: skip
 
@@ -166,8 +169,8 @@ class Gradient:
 _operators = torch.library.Library("prefkern", "FRAGMENT")
 _operators.define(
     "head_forward(Tensor(a!) reference, Tensor(b!) sum, Tensor(c!) label, Tensor(d!)? dot, Tensor(e!)? top,"
-    " Tensor(f!)? logits, Tensor(g!)? acc, Tensor hidden, Tensor packed, Tensor weight, Tensor labels, int first,"
-    " int step, int rows_before, int ignore_index, float scale) -> int"
+    " Tensor(f!)? logits, Tensor(g!)? acc, Tensor(h!)? unit, Tensor hidden, Tensor packed, Tensor weight,"
+    " Tensor labels, int first, int step, int rows_before, int ignore_index, float scale) -> int"
 )
 _operators.define(
     "head_slice_gradient(Tensor(a!)? dhidden, Tensor(b!)? dweight, Tensor logits, Tensor hidden, Tensor weight,"
@@ -184,6 +187,7 @@ def _head_forward(
     top: Tensor | None,
     logits: Tensor | None,
     acc: Tensor | None,
+    unit: Tensor | None,
     hidden: Tensor,
     packed: Tensor,
     weight: Tensor,
@@ -201,7 +205,7 @@ def _head_forward(
     arguments = _Head(
         packed.data_ptr(), matrix(weight), rows, weight.shape[0], depth, first, step, labels.data_ptr(), ignore_index,
         scale, torch.get_num_threads(), _address(logits), _stride(logits), rows_before, _address(acc), _stride(acc),
-        0 if acc is None else acc.shape[0], *map(_address, (reference, sum, label, dot, top)),
+        0 if acc is None else acc.shape[0], *map(_address, (unit, reference, sum, label, dot, top)),
     )  # fmt: skip
     forward = library().prefkern_head_forward
     forward.restype = ctypes.c_int64
@@ -255,7 +259,7 @@ def _count_flops() -> None:
 
     @register_flop_formula(torch.ops.prefkern.head_forward, get_raw=True)
     def flops(*args, out_val: int, **kwargs) -> int:
-        acc, hidden, first = args[6], args[7], args[11]
+        acc, hidden, first = args[6], args[8], args[12]
         rows = hidden.shape[0] + (0 if acc is None else acc.shape[0])
         return 2 * rows * (out_val - first) * hidden.shape[1]
 

@@ -121,13 +121,13 @@ class _Walk:
         done = 0
         while done < vocab:
             if packed is not None:
-                acc = accs[0] if accs else None
+                acc, unit = (accs[0], pairs[0][0]) if accs else (None, None)
                 done = packed.fold(
                     weight, done, self.width, sums, top, logits=self.kept.memory if keeps else None,
-                    rows_before=block.start, acc=acc,
+                    rows_before=block.start, acc=acc, unit=unit,
                 )  # fmt: skip
                 if done == vocab:
-                    break
+                    return
             part = slice(done, min(done + self.width, vocab))
             done, room = part.stop, self.kept.room(block, part) if keeps else None
             tile, is_kept = self._tile(block, part, room)

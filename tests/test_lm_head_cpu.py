@@ -100,6 +100,29 @@ def test_sums_of_the_weight(count, spread):
     assert ((got - want).abs() <= rounding + 1e-6)[counted[:count]].all()
 
 
+@pytest.mark.parametrize("scale, temperature", [(1.0, 1.0), (0.5, 0.7)])
+@pytest.mark.parametrize("n, depth, vocab", [(64, 64, 256), (70, 65, 320), (97, 100, 128)])
+def test_gradient_of_hidden_is_made_when_all_has_been_folded(n, depth, vocab, scale, temperature):
+    """unit = scale ((1 - p) weight[label] - the others' mean), of rows of all kinds."""
+    hidden, weight, labels = inputs(n, depth, vocab)
+    hidden[3], labels[3] = 16 * weight[7] / weight[7].float().square().sum(), 7  # a label that is nearly sure
+    head = Head(ignore_index=IGNORED, logit_scale=scale, temperature=temperature)
+    count, (sums, _) = n - 5, nothing_seen(n, False)
+    acc, unit = torch.zeros(count, depth), torch.full((count, depth), torch.nan, dtype=BF16)
+    rows = lm_head_cpu.Rows.of(hidden, labels, head)
+    assert rows.fold(weight[: vocab - 64], 0, 64, sums, None, acc=acc) == vocab - 64
+    assert unit.isnan().all()
+    assert rows.fold(weight, vocab - 64, 64, sums, None, acc=acc, unit=unit) == vocab
+    counted = labels[:count] != IGNORED
+    assert (unit[~counted] == 0).all() and (~counted).any()
+    logp = (sums.label - sums.top - sums.sum.log()).double()[:count, None]
+    own, others = weight[labels[:count].clamp(min=0)].double(), acc.double() / sums.sum.double()[:count, None]
+    want = (-logp.expm1() * own - others) * (scale / temperature)
+    size = (-logp.expm1() * own.abs() + others.abs()) * (scale / temperature)
+    assert ((unit.double() - want).abs() <= 2**-8 * want.abs() + 1e-6 * size)[counted].all()
+    assert scale < 1 or 1e-6 < -logp[3] < 1e-3
+
+
 def test_sums_that_fp32_cannot_hold_are_refused_and_nothing_is_changed():
     hidden, weight, labels = inputs(64, 64, 128)
     head = Head(ignore_index=IGNORED)
@@ -292,10 +315,11 @@ def test_top1_is_exact(temperature, monkeypatch):
     assert torch.equal(ours, (labels == best) | (labels == best - 450))
 
 
+@pytest.mark.parametrize("depth", [130, 580])  # few panels for a thread, of whose last each takes a part, and many
 @pytest.mark.parametrize("frozen", [False, True])
-def test_bits_do_not_depend_on_threads(frozen, monkeypatch):
+def test_bits_do_not_depend_on_threads(frozen, depth, monkeypatch):
     monkeypatch.setattr(planner, "_TILE_BYTES", 1 << 17)
-    hidden, weight, labels = inputs(200, 130, 1024)
+    hidden, weight, labels = inputs(200, depth, 1024)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 7):
