@@ -5,8 +5,8 @@
 // of A (6 rows) pass by, and the 6 x 64 sums stay in 24 registers. A word holds two neighbours in k. What is less
 // usual: whatever comes next (rows of A, the next panel of B) is fetched by a few prefetches in each of the innermost
 // steps, as without them, or by a burst of them, several percent are lost; A is packed on the way through the first
-// panel; the last panels are cut into ranges of rows, so that all threads end together; and what becomes of a block of
-// sums is a parameter, so that more can be done with it while it is in registers.
+// panel; the last panels are cut into ranges of rows where threads then wait for each other, so that all end together;
+// and what becomes of a block of sums is a parameter, so that more can be done with it while it is in registers.
 //
 // No sum depends on the number of threads.
 
@@ -249,20 +249,19 @@ struct Fetch {
 // The sums of an innermost block: 6 rows and 64 columns of C.
 typedef __m512 Block[MR][4];
 
-// Fetches for writing the next line of what a block of C is about to change: one in every second of the innermost steps.
-// All at once, they would keep the panel waiting.
+// A line of what a block of C is about to change, fetched for writing.
 template <class T>
-INLINE void prefetch_line(T* to, long stride, long k) {
-    constexpr long LINES = NR * long(sizeof(T)) / 64;  // of a row
-    const long line = std::min(k / 16, MR * LINES - 1);
-    __builtin_prefetch(to + line / LINES * stride + line % LINES * (64 / long(sizeof(T))), 1);
+INLINE void prefetch_line(T* to, long stride, long line) {
+    constexpr long OF_ROW = NR * long(sizeof(T)) / 64;
+    __builtin_prefetch(to + line / OF_ROW * stride + line % OF_ROW * (64 / long(sizeof(T))), 1);
 }
 
 // What becomes of them if the sums over k go on: they are kept, [6][64].
 struct Partial {
+    static constexpr long LINES = MR * NR * sizeof(float) / 64;
     float* to;
 
-    MEMBER void fetch(long k) const { prefetch_line(to, NR, k); }
+    MEMBER void fetch(long line) const { prefetch_line(to, NR, line); }
 
     ISA MEMBER void take(const Block& sums) const {
         UNROLL
@@ -278,7 +277,8 @@ struct Kernel {
     Fetch fetch;
     const float* before;  // sums over earlier k, [6][64], or null
 
-    // take.take(sums) gets the result; take.fetch(k) is called on the way.
+    // take.take(sums) gets the result. Its lines are fetched on the way, each in two of the innermost steps: all at
+    // once, they would keep the panel waiting. Where there are too few steps for that, they have to be.
     template <class Take>
     ISA MEMBER void run(const Take& take) const {
         const uint32_t *a = this->a, *b = this->b;
@@ -302,12 +302,14 @@ struct Kernel {
         }                                                                                                       \
     }
         EACH(_mm512_setzero_ps());
+        if (words < 16 * Take::LINES)
+            for (long line = 0; line < Take::LINES; line++) take.fetch(line);
         long k = 0, on = 0, left = fetch.run;
         for (; k + 8 <= words; k += 8, a += 8 * MR, b += 8 * NR) {
             UNROLL
             for (int i = 0; i < 3; i++) prefetch(a + to_next_block + 16 * i);
             prefetch(fetch.from + on), prefetch(fetch.from + on + 32), prefetch(fetch.from + on + fetch.third);
-            take.fetch(k);
+            take.fetch(std::min(k / 16, Take::LINES - 1));
             on += fetch.step;
             if (--left == 0) fetch.from += fetch.stride, on = 0, left = fetch.run;
             UNROLL
@@ -360,7 +362,7 @@ struct Product {
         panels = (columns + NR - 1) / NR;
         // While A is not packed, the first panel is everybody's: each thread takes a range of rows, and packs them for
         // all on the way. Then panels one by one, and the last in ranges of rows, for each of which they are packed
-        // again.
+        // again: not where threads go on with something else, if there are panels enough for all.
         ours = a.data ? 1 : 0;
         const bool goes_on = !is_last && panels - ours >= 4 * threads;
         whole = threads == 1 || goes_on ? panels - ours : std::max(0L, (panels - ours) / threads - 1) * threads;
@@ -476,10 +478,11 @@ struct Product {
 
 // To bf16, rounded once.
 struct Written {
+    static constexpr long LINES = MR * NR * sizeof(uint16_t) / 64;
     uint16_t* out;
     long stride;
 
-    MEMBER void fetch(long k) const { prefetch_line(out, stride, k); }
+    MEMBER void fetch(long line) const { prefetch_line(out, stride, line); }
 
     ISA MEMBER void take(const Block& sums) const {
         UNROLL
@@ -501,11 +504,12 @@ INLINE float factor(const float* of, long row) { return of ? of[row] : 1.0f; }
 
 // total = keep total + gain sums, with factors for each row; a null is ones.
 struct Blended {
+    static constexpr long LINES = MR * NR * sizeof(float) / 64;
     float* total;
     long stride;
     const float *keep, *gain;
 
-    MEMBER void fetch(long k) const { prefetch_line(total, stride, k); }
+    MEMBER void fetch(long line) const { prefetch_line(total, stride, line); }
 
     ISA MEMBER void take(const Block& sums) const {
         UNROLL

@@ -9,8 +9,8 @@
 // Any r would do that neither overflows nor loses all to underflow: e has fp32's range in bf16 too. When a sum leaves
 // [1/16, 16], r moves by a whole number, and what was summed is scaled. A slice of which a row's sum leaves what fp32
 // can hold comfortably is given up before anything was changed, and its caller does it by other means. All slices are
-// one walk of the threads, which wait for each other twice in each: for the logits, and for what the sums become. In
-// the end acc becomes the gradient of hidden, for dL/dlogp = 1.
+// one walk of the threads, which wait for each other twice in each: for the logits, and for what the sums become.
+// After the last one they wait once more, and make of acc the gradient of hidden for dL/dlogp = 1.
 //
 // Backward: each logit is read once, and its gradient lies in memory as the two products that follow read it, packed.
 

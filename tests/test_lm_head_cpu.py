@@ -59,7 +59,7 @@ LOGIT = 2**-8
 
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("scale, temperature", [(1.0, 1.0), (0.5, 0.7)])
-@pytest.mark.parametrize("n, depth, vocab", [(64, 64, 256), (70, 65, 320), (97, 100, 128), (131, 1030, 192)])
+@pytest.mark.parametrize("n, depth, vocab", [(64, 64, 256), (70, 65, 320), (97, 100, 128), (131, 1190, 192)])
 def test_sums(n, depth, vocab, scale, temperature, stats):
     hidden, weight, labels = inputs(n, depth, vocab)
     head = Head(ignore_index=IGNORED, logit_scale=scale, temperature=temperature)
@@ -106,17 +106,18 @@ def test_gradient_of_hidden_is_made_when_all_has_been_folded(n, depth, vocab, sc
     """unit = scale ((1 - p) weight[label] - the others' mean), of rows of all kinds."""
     hidden, weight, labels = inputs(n, depth, vocab)
     hidden[3], labels[3] = 16 * weight[7] / weight[7].float().square().sum(), 7  # a label that is nearly sure
+    labels[4], labels[5] = vocab + 5, -7  # and some that nobody should ask for
     head = Head(ignore_index=IGNORED, logit_scale=scale, temperature=temperature)
     count, (sums, _) = n - 5, nothing_seen(n, False)
     acc, unit = torch.zeros(count, depth), torch.full((count, depth), torch.nan, dtype=BF16)
     rows = lm_head_cpu.Rows.of(hidden, labels, head)
-    assert rows.fold(weight[: vocab - 64], 0, 64, sums, None, acc=acc) == vocab - 64
+    assert rows.fold(weight[: vocab - 20], 0, 64, sums, None, acc=acc, unit=unit) == vocab - 64
     assert unit.isnan().all()
     assert rows.fold(weight, vocab - 64, 64, sums, None, acc=acc, unit=unit) == vocab
     counted = labels[:count] != IGNORED
     assert (unit[~counted] == 0).all() and (~counted).any()
     logp = (sums.label - sums.top - sums.sum.log()).double()[:count, None]
-    own, others = weight[labels[:count].clamp(min=0)].double(), acc.double() / sums.sum.double()[:count, None]
+    own, others = weight[labels[:count].clamp(0, vocab - 1)].double(), acc.double() / sums.sum.double()[:count, None]
     want = (-logp.expm1() * own - others) * (scale / temperature)
     size = (-logp.expm1() * own.abs() + others.abs()) * (scale / temperature)
     assert ((unit.double() - want).abs() <= 2**-8 * want.abs() + 1e-6 * size)[counted].all()
