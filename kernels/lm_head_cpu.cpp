@@ -20,7 +20,7 @@
 
 #include <new>
 
-#include "bf16_cpu.h"
+#include "bf16_product_cpu.h"
 
 extern "C" {
 
@@ -88,15 +88,16 @@ ISA INLINE __m512i narrowed(__m512 even, __m512 odd) {
     return _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-// What 6 x 64 logits leave.
+// What a block of logits leaves.
 struct Left {
     float *sums, *dots, *tops;  // of each row, over the columns; the last two may be null
-    uint32_t* e;                // [32][6] words, as a block of A of the product with the weight; or null
+    uint32_t* e;                // as a block of A of the product with the weight; or null
 };
 
 // Not inlined, and from memory: beside the sums of the product there are no registers for the constants of this.
-template <bool SCALES>
+template <class Engine, bool SCALES>
 ISA __attribute__((noinline)) void fold(const uint16_t* logits, const float* reference, float scale, const Left& left) {
+    constexpr long MR = Engine::MR;
     __m512i packed[2][MR];
 #pragma GCC unroll 1
     for (int i = 0; i < MR; i++) {
@@ -122,7 +123,7 @@ ISA __attribute__((noinline)) void fold(const uint16_t* logits, const float* ref
         }
         left.dots[i] = _mm512_reduce_add_ps(dot), left.tops[i] = _mm512_reduce_max_ps(top);
     }
-    if (left.e) pack_words(packed[0], left.e), pack_words(packed[1], left.e + 16 * MR);
+    if (left.e) Engine::pack_words(packed[0], left.e), Engine::pack_words(packed[1], left.e + 16 * MR);
 }
 
 // What the rows' sums become by a slice, and what its blocks leave for that.
@@ -136,7 +137,8 @@ struct Sums {
         return 6 * filled(head.rows) + (head.dot ? 3 : 1) * filled(head.rows) * (width / NR);
     }
 
-    static long filled(long rows) { return (rows + MR - 1) / MR * MR; }
+    // Whole blocks, of whichever engine.
+    static long filled(long rows) { return (rows + 95) / 96 * 96; }
 
     Sums(const Head& head, long width, float* memory) : rows(filled(head.rows)) {
         if (!memory) return;
@@ -232,7 +234,10 @@ struct Gathered {
     uint32_t* e;   // or null
     long apart;    // words between two blocks of it
 
+    template <class Kernel>
     ISA MEMBER void block(const Kernel& kernel, long block, long count, long column, long) const {
+        using Engine = typename Kernel::Engine;
+        constexpr long MR = Engine::MR;
         const long row = block * MR, at = column / NR * sums.rows + row;
         uint32_t* const words = e ? e + block * apart + column / 2 * MR : nullptr;
         const Left left{sums.sums + at, sums.dots ? sums.dots + at : nullptr, sums.dots ? sums.tops + at : nullptr,
@@ -240,7 +245,7 @@ struct Gathered {
         for (long i = 0; words && i < MR * NR / 2; i += 16) __builtin_prefetch(words + i, 1);
         alignas(64) uint16_t logits[MR * NR];
         kernel.run(Written{logits, NR});
-        (head->scale == 1 ? fold<false> : fold<true>)(logits, sums.reference + row, head->scale, left);
+        (head->scale == 1 ? fold<Engine, false> : fold<Engine, true>)(logits, sums.reference + row, head->scale, left);
         if (to) keep(logits, to + row * width + column, count);
         for (long y = 0; y < count; y++) {
             const uint64_t label = head->labels[row + y] - first - column;
@@ -249,7 +254,7 @@ struct Gathered {
             float z;
             memcpy(&z, &bits, sizeof z);
             sums.labels[row + y] = z * head->scale;
-            if (words) ((uint16_t*)(words + label / 2 * MR + y))[label % 2] = 0;
+            if (words) ((uint16_t*)(words + Engine::place(y, label)))[label % 2] = 0;
         }
     }
 
@@ -266,11 +271,12 @@ struct Gathered {
 };
 
 // A slice: its logits, folded, and what it adds to acc.
+template <class Engine>
 struct Slice {
     long width;
-    Rows of_e;
-    Product<Gathered> logits;
-    Product<Blended> gradient;
+    Rows<Engine> of_e;
+    Product<Engine, Gathered> logits;
+    Product<Engine, Blended> gradient;
     std::atomic<bool> is_refused{false};
 
     Slice(const Head& head, long first, long width, bool is_last, const Sums& sums, uint32_t* e, uint32_t* own,
@@ -296,50 +302,39 @@ struct Slice {
 };
 
 // dL/dlogits = g (onehot - p) - e p (log p + entropy), p = exp(z - lse), as two products read it.
+template <class Engine>
 struct Gradient {
-    static constexpr long STRIP_COLUMNS = STRIP * MR, GROUPS = STRIP_COLUMNS / 32;
-    static constexpr long AHEAD = 16 * MR;  // words, of what is fetched for writing
+    static constexpr long MR = Engine::MR, GROUPS = Engine::GRADIENT_COLUMNS / 32;
 
     const Upstream& of;
-    Rows by_row, by_column;        // packed: rows of it, for dhidden, and columns, for dweight
-    uint32_t *to_row, *to_column;  // null: not wanted
+    Rows<Engine> by_row, by_column;  // packed: rows of it, for dhidden, and columns, for dweight
+    uint32_t *to_row, *to_column;    // null: not wanted
     std::atomic<long> next{0};
 
     Gradient(const Upstream& of) : of(of), by_row(of.rows, of.width), by_column(of.width, of.rows) {}
 
     ISA void work() {
-        for (long column; (column = next++ * STRIP_COLUMNS) < of.width;)
+        for (long column; (column = next++ * GROUPS * 32) < of.width;)
             for (long row = 0; row < of.rows; row += MR) strip(row, column);
     }
 
-    // 6 rows and up to 96 columns.
+    // Rows of a block, and as many columns as are made at a time.
     ISA void strip(long row, long column) {
         const long groups = std::min(GROUPS, (of.width - column) / 32), count = std::min(MR, of.rows - row);
+        const long ahead = std::max(24L, MR);
         __m512i d[GROUPS][MR];
         for (long i = 0; i < MR; i++) {
             const bool is_live = i < count && of.labels[row + i] != of.ignore_index;
-            if (row + 4 * MR + i < of.rows)
+            if (row + ahead + i < of.rows)
                 for (long t = 0; t < groups; t++)
-                    prefetch(of.logits + (row + 4 * MR + i) * of.logits_stride + column + 32 * t);
+                    prefetch(of.logits + (row + ahead + i) * of.logits_stride + column + 32 * t);
             for (long t = 0; t < groups; t++)
                 d[t][i] = is_live ? of_logits(row + i, column + 32 * t) : _mm512_setzero_si512();
         }
         if (to_row)
             for (long t = 0; t < groups; t++)
-                pack_words(d[t], to_row + row / MR * by_row.apart + (column / 2 + 16 * t) * MR);
-        if (!to_column) return;
-        const long blocks = std::min(STRIP, by_column.blocks - column / MR);
-        uint32_t* const first = to_column + column / MR * by_column.apart + row / 2 * MR;
-        for (long i = 0; i < blocks; i++) __builtin_prefetch(first + i * by_column.apart + AHEAD, 1);
-        for (long pair = 0; pair < MR / 2; pair++) {
-            alignas(64) uint32_t words[STRIP_COLUMNS] = {};
-            for (long t = 0; t < groups; t++) pair_lines(d[t][2 * pair], d[t][2 * pair + 1], words + 32 * t);
-            uint32_t* to = first + pair * MR;
-            for (long i = 0; i < blocks; i++, to += by_column.apart) {
-                _mm_storeu_si128((__m128i*)to, _mm_loadu_si128((const __m128i*)(words + MR * i)));
-                _mm_storel_epi64((__m128i*)(to + 4), _mm_loadl_epi64((const __m128i*)(words + MR * i + 4)));
-            }
-        }
+                Engine::pack_words(d[t], to_row + row / MR * by_row.apart + (column / 2 + 16 * t) * MR);
+        if (to_column) Engine::pack_columns(d, groups, row, column, by_column.blocks, by_column.apart, to_column);
     }
 
     // 32 columns of a row, rounded to bf16.
@@ -366,35 +361,32 @@ struct Gradient {
     }
 };
 
-}  // namespace
-
-extern "C" {
-
-// Words of packed rows, each of 4 bytes.
-int64_t prefkern_packed_words(int64_t rows, int64_t depth) { return Rows(rows, depth).words(); }
-
-void prefkern_pack_rows(const Matrix* a, int64_t rows, int64_t depth, uint32_t* out, int64_t threads) {
-    const Rows packed(rows, depth);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long i = 0; i < packed.blocks; i++)
-        pack_block(*a, i * MR, std::min(MR, rows - i * MR), depth, out + i * packed.apart);
+template <class Engine>
+int64_t packed_words(long rows, long depth) {
+    return Rows<Engine>(rows, depth).words();
 }
 
-// Folds slice after slice into the rows' sums, up to one whose width is not a multiple of 64 or of which a row's sum
-// does not allow it; of the latter only `logits` may have been changed. Returns the entry that it came to, or -1 where
-// memory was refused.
-int64_t prefkern_head_forward(const Head* of) {
-    const Head& head = *of;
+template <class Engine>
+void pack_rows(const Matrix& a, long rows, long depth, uint32_t* out, long threads) {
+    const Rows<Engine> packed(rows, depth);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < packed.blocks; i++)
+        Engine::pack_block(a, i * packed.MR, std::min(packed.MR, rows - i * packed.MR), depth, out + i * packed.apart);
+}
+
+template <class Engine>
+int64_t head_forward(const Head& head) {
     const long left = head.vocab - head.first, most = std::min<long>(head.step, left), rest = left % most;
     const long end = head.vocab - (most % NR ? left : rest % NR ? rest : 0);
     if (end <= head.first) return head.first;
     // Memory of two slices: threads begin with the next one while others still add to acc.
     const size_t of_sums = (Sums::words(head, most) + 1023) / 1024 * 1024;
-    const size_t of_e = head.acc ? Rows(head.rows, most).words() : 0, all_e = end - head.first > most ? 2 * of_e : of_e;
+    const size_t of_e = head.acc ? Rows<Engine>(head.rows, most).words() : 0,
+                 all_e = end - head.first > most ? 2 * of_e : of_e;
     size_t of_thread = 0;
     for (long width : {most, rest}) {
         if (width == 0) continue;
-        const Slice slice(head, head.first, width, true, Sums(head, 0, nullptr), nullptr, nullptr, 0);
+        const Slice<Engine> slice(head, head.first, width, true, Sums(head, 0, nullptr), nullptr, nullptr, 0);
         of_thread = std::max(of_thread, slice.words());
     }
     uint32_t* const memory = (uint32_t*)workspace.get(4 * (2 * of_sums + all_e + of_thread * head.threads));
@@ -402,11 +394,11 @@ int64_t prefkern_head_forward(const Head* of) {
     uint32_t* const own = memory + 2 * of_sums + all_e;
     const Sums sums[2] = {Sums(head, most, (float*)memory), Sums(head, most, (float*)(memory + of_sums))};
     sums[0].begin(head);
-    alignas(Slice) char room[2][sizeof(Slice)];
+    alignas(Slice<Engine>) char room[2][sizeof(Slice<Engine>)];
     const auto prepare = [&](long first, long turn) {
         uint32_t* const e = head.acc ? memory + 2 * of_sums + turn * of_e : nullptr;
         const long width = std::min(most, end - first);
-        return new (room[turn]) Slice(head, first, width, first + width == end, sums[turn], e, own, of_thread);
+        return new (room[turn]) Slice<Engine>(head, first, width, first + width == end, sums[turn], e, own, of_thread);
     };
     prepare(head.first, 0);
     long done = head.first;
@@ -416,7 +408,7 @@ int64_t prefkern_head_forward(const Head* of) {
         const long begin = head.rows * thread / team, stop = head.rows * (thread + 1) / team;
         long turn = 0;
         for (long first = head.first; first < end; turn = 1 - turn) {
-            Slice& slice = *(Slice*)room[turn];
+            auto& slice = *(Slice<Engine>*)room[turn];
             slice.logits.work(thread, team);
             _mm_sfence();
             first += slice.width;
@@ -437,20 +429,20 @@ int64_t prefkern_head_forward(const Head* of) {
     return done;
 }
 
-// dhidden and dweight of a slice, whose width is a multiple of 32. Returns 0, or 2 where memory was refused.
-int prefkern_gradient_slice(const Upstream* of) {
-    const Upstream& slice = *of;
-    Gradient gradient(slice);
+template <class Engine>
+int gradient_slice(const Upstream& slice) {
+    Gradient<Engine> gradient(slice);
     const Matrix packed{nullptr, 0, 0};
     const bool has_sum = slice.dweight_sum, has_weight = slice.dweight || has_sum;
     const long rows = slice.rows, width = slice.width, depth = slice.depth, threads = slice.threads;
-    Product<Blended> dhidden(packed, slice.weight, Blended{slice.dhidden, slice.dhidden_stride, nullptr, nullptr}, rows,
-                             depth, width, threads, !has_weight);
-    Product<Written> dweight(packed, slice.hidden, Written{slice.dweight, slice.dweight_stride}, width, depth, rows,
-                             threads);
-    Product<Blended> dweight_sum(packed, slice.hidden,
-                                 Blended{slice.dweight_sum, slice.dweight_stride, nullptr, nullptr}, width, depth, rows,
-                                 threads);
+    Product<Engine, Blended> dhidden(packed, slice.weight,
+                                     Blended{slice.dhidden, slice.dhidden_stride, nullptr, nullptr}, rows, depth, width,
+                                     threads, !has_weight);
+    Product<Engine, Written> dweight(packed, slice.hidden, Written{slice.dweight, slice.dweight_stride}, width, depth,
+                                     rows, threads);
+    Product<Engine, Blended> dweight_sum(packed, slice.hidden,
+                                         Blended{slice.dweight_sum, slice.dweight_stride, nullptr, nullptr}, width,
+                                         depth, rows, threads);
     const size_t by_row = slice.dhidden ? gradient.by_row.words() : 0,
                  by_column = has_weight ? gradient.by_column.words() : 0;
     const size_t panels = std::max(dhidden.words(), dweight.words());
@@ -471,6 +463,24 @@ int prefkern_gradient_slice(const Upstream* of) {
     }
     return 0;
 }
+}  // namespace
+
+extern "C" {
+
+// Words of packed rows, each of 4 bytes.
+int64_t prefkern_packed_words(int64_t rows, int64_t depth) { return BY_ENGINE(packed_words, rows, depth); }
+
+void prefkern_pack_rows(const Matrix* a, int64_t rows, int64_t depth, uint32_t* out, int64_t threads) {
+    BY_ENGINE(pack_rows, *a, rows, depth, out, threads);
+}
+
+// Folds slice after slice into the rows' sums, up to one whose width is not a multiple of 64 or of which a row's sum
+// does not allow it; of the latter only `logits` may have been changed. Returns the entry that it came to, or -1 where
+// memory was refused.
+int64_t prefkern_head_forward(const Head* head) { return BY_ENGINE(head_forward, *head); }
+
+// dhidden and dweight of a slice, whose width is a multiple of 32. Returns 0, or 2 where memory was refused.
+int prefkern_gradient_slice(const Upstream* slice) { return BY_ENGINE(gradient_slice, *slice); }
 }
 
 #endif

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .compiled import load
 
+VECTORS, TILES = 1, 2  # what may multiply
 _LEAST = 64  # rows, columns and depth below which packing is not worth its time
 
 
@@ -38,12 +39,14 @@ def library() -> ctypes.CDLL | None:
     """The compiled products; None where not built or not the fastest: a property of the machine, never timed."""
     found = load("_product_cpu")
     # One built before its source was last changed may lack a part.
-    if found is None or not hasattr(found, "prefkern_head_forward") or not found.prefkern_multiplies_bf16():
+    if found is None or not hasattr(found, "prefkern_multiply_by"):
         return None
     try:
-        return None if "GenuineIntel" in Path("/proc/cpuinfo").read_text() else found
+        is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return None
+    # Of Intel's, those that have bf16 but no tiles were never measured.
+    return found if found.prefkern_multiply_by(TILES) >= (TILES if is_intel else VECTORS) else None
 
 
 def serves(a: Tensor, b: Tensor) -> bool:

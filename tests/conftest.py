@@ -23,3 +23,25 @@ def pytest_runtest_call(item):
         if importlib.util.find_spec("triton") is None and "the triton package is not installed" in str(error):
             pytest.skip(str(error))
         raise
+
+
+def pytest_generate_tests(metafunc):
+    """`engine`: what multiplies bf16 on this processor, in turn."""
+    if "engine" in metafunc.fixturenames:
+        library = product_cpu_library()
+        names = {1: "vectors", 2: "tiles"}
+        there = [i for i in names if library is not None and library.prefkern_multiply_by(i) == i]
+        metafunc.parametrize("engine", there, ids=[names[i] for i in there], indirect=True, scope="function")
+
+
+@pytest.fixture
+def engine(request):
+    product_cpu_library().prefkern_multiply_by(request.param)
+    yield request.param
+    product_cpu_library().prefkern_multiply_by(2)
+
+
+def product_cpu_library():
+    from prefkern.kernels import product_cpu
+
+    return product_cpu.library()

@@ -12,10 +12,13 @@ from prefkern.head import Head, Operands, RowStats
 from prefkern.kernels import lm_head_cpu, product_cpu, row_softmax_cpu
 from prefkern.rows import RowSums
 
-pytestmark = pytest.mark.skipif(
-    product_cpu.library() is None or row_softmax_cpu.library() is None,
-    reason="not built, or this processor does not want it",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        product_cpu.library() is None or row_softmax_cpu.library() is None,
+        reason="not built, or this processor does not want it",
+    ),
+    pytest.mark.usefixtures("engine"),
+]
 BF16 = torch.bfloat16
 IGNORED = -100
 

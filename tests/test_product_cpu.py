@@ -14,7 +14,10 @@ from prefkern import products
 from prefkern.kernels import product_cpu
 from prefkern.kernels.product_cpu import library, product_into, serves
 
-pytestmark = pytest.mark.skipif(library() is None, reason="not built, or this processor does not want it")
+pytestmark = [
+    pytest.mark.skipif(library() is None, reason="not built, or this processor does not want it"),
+    pytest.mark.usefixtures("engine"),
+]
 BF16 = torch.bfloat16
 LAYOUTS = list(itertools.product([False, True], repeat=2))
 

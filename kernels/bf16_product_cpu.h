@@ -1,0 +1,314 @@
+// Blocked products of bf16 matrices with fp32 sums: what product_cpu.cpp and lm_head_cpu.cpp share.
+//
+// Blocked as fast products are: a panel of B (64 columns, at most KC deep) stays in the second-level cache while blocks
+// of A pass by, and the sums of a block stay in registers. How many rows a block has, how A is packed for it and how it
+// is computed is an engine's: Vectors (6 rows) or Tiles (32). A word holds two neighbours in k. What is less usual:
+// whatever comes next (rows of A, the next panel of B) is fetched by a few prefetches in each of the innermost steps,
+// as without them, or by a burst of them, several percent are lost; A is packed on the way through the first panel; the
+// last panels are cut into ranges of rows where threads then wait for each other, so that all end together; and what
+// becomes of a block of sums is a parameter, so that more can be done with it while it is in registers.
+//
+// No sum depends on the number of threads.
+
+#pragma once
+
+#include "bf16_cpu.h"
+#include "bf16_tiles_cpu.h"
+#include "bf16_vectors_cpu.h"
+
+namespace prefkern {
+
+// The engine that multiplies: 1 vectors, 2 tiles; 0 before anybody has asked what there is.
+inline int engine = 0;
+
+}  // namespace prefkern
+
+#ifdef TILES
+#define BY_ENGINE(FUNCTION, ...) (prefkern::engine == 2 ? FUNCTION<Tiles>(__VA_ARGS__) : FUNCTION<Vectors>(__VA_ARGS__))
+#else
+#define BY_ENGINE(FUNCTION, ...) FUNCTION<Vectors>(__VA_ARGS__)
+#endif
+
+namespace {
+
+constexpr long KC = 1152;                // the deepest panel
+constexpr long RANGES = 4;               // of rows, that each of the last panels is cut into
+constexpr long A_WORDS = long(4) << 20;  // of A at a time, about
+
+// A panel of B becomes [depth / 2][64] words, 0 beyond the matrix. It is packed in chunks of 1 KiB: 16 columns, 32
+// deep, where B is transposed, and else 64 columns, 8 deep.
+struct Panel {
+    Matrix b;
+    long column, k, columns, depth;  // where it begins, and what there is of it
+
+    long chunks() const { return (depth + 31) / 32 * 4; }
+
+    ISA void fetch(long chunk) const {
+        if (b.transposed) {
+            const long begin = chunk % 4 * 16, end = std::min(begin + 16, columns);
+            for (long i = begin; i < end; i++) prefetch(b.data + (column + i) * b.stride + k + chunk / 4 * 32);
+        } else {
+            for (long q = chunk * 8; q < std::min(chunk * 8 + 8, depth); q++)
+                for (long i = 0; i < NR; i += 32) prefetch(b.data + (k + q) * b.stride + column + i);
+        }
+    }
+
+    ISA void pack(long chunk, uint32_t* out) const { b.transposed ? pack_columns(chunk, out) : pack_lines(chunk, out); }
+
+    ISA void pack_columns(long chunk, uint32_t* out) const {
+        const long j = chunk % 4 * 16, q = chunk / 4 * 32;
+        const uint16_t* from = b.data + (column + j) * b.stride + k + q;
+        __m512i r[16];
+        if (columns - j >= 16 && depth - q >= 32) {
+            UNROLL
+            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * b.stride);
+        } else {
+            UNROLL
+            for (int i = 0; i < 16; i++)
+                r[i] = j + i < columns ? _mm512_maskz_loadu_epi16(first(depth - q), from + i * b.stride)
+                                       : _mm512_setzero_si512();
+        }
+        transpose(r);
+        UNROLL
+        for (int i = 0; i < 16; i++) _mm512_store_si512(out + (q / 2 + i) * NR + j, r[i]);
+    }
+
+    ISA void pack_lines(long chunk, uint32_t* out) const {
+        for (long q = chunk * 8; q < chunk * 8 + 8; q += 2)
+            for (int j = 0; j < NR; j += 32) {
+                const uint16_t* from = b.data + (k + q) * b.stride + column + j;
+                const __mmask32 there = first(columns - j);
+                const __m512i even = _mm512_maskz_loadu_epi16(q < depth ? there : 0, from);
+                const __m512i odd = _mm512_maskz_loadu_epi16(q + 1 < depth ? there : 0, from + b.stride);
+                pair_lines(even, odd, out + q / 2 * NR + j);
+            }
+    }
+};
+
+struct Task {
+    long column, block, blocks;  // of a panel of B, and a range of blocks of A
+};
+
+// Blocks of rows of A, packed.
+template <class Engine>
+struct Rows {
+    static constexpr long MR = Engine::MR;
+    long rows, depth, blocks, apart;  // apart: words between two blocks
+
+    Rows(long rows, long depth) : rows(rows), depth(depth), blocks((rows + MR - 1) / MR) {
+        apart = (Engine::words(depth) + 15) / 16 * 16 + 16;  // 64 bytes more: else blocks meet in the same cache sets
+    }
+
+    long words() const { return (blocks * apart + 1023) / 1024 * 1024; }
+};
+
+// A B, each block of which goes to `output`.
+template <class Engine, class Output>
+struct Product {
+    static constexpr long MR = Engine::MR, STRIP = Engine::STRIP, FETCHED = Engine::FETCHED;
+    Matrix a;  // data null: packed before
+    Matrix b;
+    Output output;
+    Rows<Engine> of_a;
+    long columns, depth;
+    int threads;
+
+    long blocks, apart, piece, panels, ours, whole, ranges, tasks, panel_words, own_words;
+    uint32_t *packed_a, *own;
+    std::atomic<long> next{0};
+
+    // is_last: whether threads wait for each other at the end, rather than begin with something else.
+    Product(Matrix a, Matrix b, const Output& output, long rows, long columns, long depth, int threads,
+            bool is_last = true)
+        : a(a), b(b), output(output), of_a(rows, depth), columns(columns), depth(depth), threads(threads) {
+        blocks = of_a.blocks, apart = of_a.apart;
+        const long pieces = std::max(1L, (depth + KC - 1) / KC);
+        piece = std::max(32L, (depth + pieces * 32 - 1) / (pieces * 32) * 32);
+        panels = (columns + NR - 1) / NR;
+        // While A is not packed, the first panel is everybody's: each thread takes a range of rows, and packs them for
+        // all on the way. Then panels one by one, and the last in ranges of rows, for each of which they are packed
+        // again: not where threads go on with something else, if there are panels enough for all.
+        ours = a.data ? 1 : 0;
+        const bool goes_on = !is_last && panels - ours >= 4 * threads;
+        whole = threads == 1 || goes_on ? panels - ours : std::max(0L, (panels - ours) / threads - 1) * threads;
+        ranges = std::min(RANGES, std::max(1L, blocks / 8));
+        tasks = whole + (panels - ours - whole) * ranges;
+        panel_words = (std::min(depth, piece) + 31) / 32 * 16 * NR;
+        own_words = 2 * panel_words + (depth > piece ? blocks * MR * NR : 0);
+    }
+
+    // Of one thread's panels and sums.
+    long words() const { return own_words; }
+
+    // packed: A, or room for it; own: room for all threads' panels and sums, `words` for each.
+    void place(uint32_t* packed, uint32_t* own, long words) { packed_a = packed, this->own = own, own_words = words; }
+
+    void run() {
+#pragma omp parallel num_threads(threads)
+        work(omp_get_thread_num(), omp_get_num_threads());
+    }
+
+    Task claim() {
+        const long task = next++;
+        if (task >= tasks) return {-1, 0, 0};
+        if (task < whole) return {(ours + task) * NR, 0, blocks};
+        const long range = (task - whole) % ranges, begin = blocks * range / ranges;
+        return {(ours + whole + (task - whole) / ranges) * NR, begin, blocks * (range + 1) / ranges - begin};
+    }
+
+    Panel panel(Task task, long k) const {
+        return {b, task.column, k, std::min(NR, columns - task.column), std::min(piece, depth - k)};
+    }
+
+    // What one thread of a team does.
+    ISA void work(long thread, long team) {
+        uint32_t* this_panel = own + thread * own_words;
+        uint32_t* next_panel = this_panel + panel_words;
+        float* const partial = (float*)(this_panel + 2 * panel_words);  // of a task, over the pieces of k so far
+        const long unit = a.transposed ? STRIP : 1, units = (blocks + unit - 1) / unit;
+        const long from = std::min(blocks, units * thread / team * unit);
+        bool is_first = a.data;  // panel, on whose way A is packed
+        Task task = is_first ? Task{0, from, std::min(blocks, units * (thread + 1) / team * unit) - from} : claim();
+        if (task.column < 0) return;
+        Engine::begin();
+        long k = 0;
+        Panel here = panel(task, 0);
+        for (long i = 0; i < here.chunks(); i++) {
+            if (i + 8 < here.chunks()) here.fetch(i + 8);
+            here.pack(i, this_panel);
+        }
+        while (task.column >= 0) {
+            const bool is_last = k + piece >= depth;
+            const Task then = is_last ? claim() : task;
+            const long then_k = is_last ? 0 : k + piece;
+            const Panel there = then.column >= 0 ? panel(then, then_k) : Panel{};
+            const bool is_new = then.column >= 0 && (there.column != here.column || there.k != here.k);
+            // The next panel is fetched by the last kernels: some lines of k each. Where its chunks are lines, each
+            // kernel's are packed at once, in memory of their own, before they leave the cache again.
+            const long chunks = is_new ? there.chunks() : 0, kernels = (there.depth + FETCHED - 1) / FETCHED,
+                       end = task.block + task.blocks;
+            uint32_t* const room = b.transposed ? this_panel : next_panel;
+            long packed = 0;
+            for (long i = task.block; i < end; i++) {
+                Fetch fetch{(const uint16_t*)this_panel, 0, FOREVER, 0, 32};  // nothing that is not there
+                long fetched = 0;
+                if (is_first)
+                    pack_ahead(i, end, k, here.depth, fetch);
+                else if (is_new && end - 1 - i < kernels) {
+                    const long q = (kernels - end + i) * FETCHED;
+                    if (!b.transposed) fetched = std::min(chunks, (q + FETCHED) / 8);
+                    const long column = there.column, line = there.k + q;
+                    fetch = {b.data + (b.transposed ? column * b.stride + line : line * b.stride + column), b.stride,
+                             b.transposed ? NR : FOREVER, 64, 32};
+                }
+                float* const sums = partial + i * MR * NR;
+                const typename Engine::Kernel kernel{
+                    packed_a + i * apart + k / 2 * MR, this_panel, (here.depth + 1) / 2,
+                    i + 1 < end ? apart : 0,           fetch,      k > 0 ? sums : nullptr};
+                if (is_last)
+                    output.block(kernel, i, std::min(MR, of_a.rows - i * MR), here.column, here.columns);
+                else
+                    kernel.run(Partial{sums});
+                for (; packed < fetched; packed++) there.pack(packed, room);
+            }
+            for (; packed < chunks; packed++) there.pack(packed, room);
+            if (is_new && room == next_panel) std::swap(this_panel, next_panel);
+            if (is_first && is_last) {
+#pragma omp barrier
+                is_first = false;
+            }
+            task = then, k = then_k, here = there;
+        }
+        Engine::end();
+    }
+
+    // Packs block i of A, or its strip, and lets the kernel fetch what is packed after it.
+    ISA void pack_ahead(long i, long end, long k, long piece_depth, Fetch& fetch) {
+        const Matrix from{a.data + (a.transposed ? k * a.stride : k), a.stride, a.transposed};
+        uint32_t* const to = packed_a + i * apart + k / 2 * MR;
+        const long row = i * MR, rows = of_a.rows;
+        if (!a.transposed) {
+            Engine::pack_block(from, row, std::min(MR, rows - row), piece_depth, to);
+            if (i + 1 < end) fetch = {from.data + (row + MR) * a.stride, 96, 11, a.stride, 64};
+            return;
+        }
+        const long in_strip = i % STRIP, ahead = i - in_strip + STRIP;
+        if (in_strip == 0 && (i + STRIP) * MR <= rows)
+            Engine::pack_strip(from, row, piece_depth, apart, to);
+        else if (in_strip == 0)
+            for (long j = i; j < end; j++)
+                Engine::pack_block(from, j * MR, std::min(MR, rows - j * MR), piece_depth, to + (j - i) * apart);
+        if (ahead < end)
+            fetch = {from.data + ahead * MR + (piece_depth + STRIP - 1) / STRIP * in_strip * a.stride, a.stride,
+                     FOREVER, 0, 64};
+    }
+};
+
+// To bf16, rounded once.
+struct Written {
+    static constexpr long OF_ROW = NR * sizeof(uint16_t) / 64;
+    uint16_t* out;
+    long stride;
+
+    MEMBER void fetch(long line) const { prefetch_line(out, stride, line); }
+
+    template <long ROWS>
+    ISA MEMBER void take(const __m512 (&sums)[ROWS][4], long row) const {
+        UNROLL
+        for (int i = 0; i < ROWS; i++) UNROLL
+        for (int j = 0; j < 4; j += 2)
+            _mm512_storeu_si512(out + (row + i) * stride + 16 * j,
+                                (__m512i)_mm512_cvtne2ps_pbh(sums[i][j + 1], sums[i][j]));
+    }
+
+    template <class Kernel>
+    ISA MEMBER void block(const Kernel& kernel, long block, long rows, long column, long columns) const {
+        constexpr long MR = Kernel::Engine::MR;
+        uint16_t* const to = out + block * MR * stride + column;
+        if (rows == MR && columns == NR) return kernel.run(Written{to, stride});
+        alignas(64) uint16_t edge[MR * NR];
+        kernel.run(Written{edge, NR});
+        for (long y = 0; y < rows; y++) memcpy(to + y * stride, edge + y * NR, columns * sizeof(uint16_t));
+    }
+};
+
+INLINE float factor(const float* of, long row) { return of ? of[row] : 1.0f; }
+
+// total = keep total + gain sums, with factors for each row; a null is ones.
+struct Blended {
+    static constexpr long OF_ROW = NR * sizeof(float) / 64;
+    float* total;
+    long stride;
+    const float *keep, *gain;
+
+    MEMBER void fetch(long line) const { prefetch_line(total, stride, line); }
+
+    template <long ROWS>
+    ISA MEMBER void take(const __m512 (&sums)[ROWS][4], long row) const {
+        UNROLL
+        for (int i = 0; i < ROWS; i++) UNROLL
+        for (int j = 0; j < 4; j++) {
+            float* const to = total + (row + i) * stride + 16 * j;
+            const __m512 more = _mm512_mul_ps(sums[i][j], _mm512_set1_ps(factor(gain, row + i)));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(factor(keep, row + i)), _mm512_loadu_ps(to), more));
+        }
+    }
+
+    template <class Kernel>
+    ISA MEMBER void block(const Kernel& kernel, long block, long rows, long column, long columns) const {
+        constexpr long MR = Kernel::Engine::MR;
+        const long row = block * MR;
+        float* const to = total + row * stride + column;
+        const float *of_keep = keep ? keep + row : nullptr, *of_gain = gain ? gain + row : nullptr;
+        if (rows == MR && columns == NR) return kernel.run(Blended{to, stride, of_keep, of_gain});
+        alignas(64) float edge[MR * NR];
+        kernel.run(Partial{edge});
+        for (long y = 0; y < rows; y++)
+            for (long x = 0; x < columns; x++) {
+                float& at = to[y * stride + x];
+                at = factor(of_keep, y) * at + factor(of_gain, y) * edge[y * NR + x];
+            }
+    }
+};
+
+}  // namespace
