@@ -43,6 +43,10 @@ struct Panel {
 
     long chunks() const { return (depth + 31) / 32 * 4; }
 
+    // Of several beside each other.
+    long parts() const { return (columns + NR - 1) / NR; }
+    Panel part(long i) const { return {b, column + i * NR, k, std::min(NR, columns - i * NR), depth}; }
+
     ISA void fetch(long chunk) const {
         if (b.transposed) {
             const long begin = chunk % 4 * 16, end = std::min(begin + 16, columns);
@@ -106,6 +110,7 @@ struct Rows {
 template <class Engine, class Output>
 struct Product {
     static constexpr long MR = Engine::MR, STRIP = Engine::STRIP, FETCHED = Engine::FETCHED;
+    static constexpr long PANELS = Engine::PANELS, WIDTH = PANELS * NR;
     Matrix a;  // data null: packed before
     Matrix b;
     Output output;
@@ -124,7 +129,7 @@ struct Product {
         blocks = of_a.blocks, apart = of_a.apart;
         const long pieces = std::max(1L, (depth + KC - 1) / KC);
         piece = std::max(32L, (depth + pieces * 32 - 1) / (pieces * 32) * 32);
-        panels = (columns + NR - 1) / NR;
+        panels = (columns + WIDTH - 1) / WIDTH;
         // While A is not packed, the first panel is everybody's: each thread takes a range of rows, and packs them for
         // all on the way. Then panels one by one, and the last in ranges of rows, for each of which they are packed
         // again: not where threads go on with something else, if there are panels enough for all.
@@ -134,7 +139,7 @@ struct Product {
         ranges = std::min(RANGES, std::max(1L, blocks / 8));
         tasks = whole + (panels - ours - whole) * ranges;
         panel_words = (std::min(depth, piece) + 31) / 32 * 16 * NR;
-        own_words = 2 * panel_words + (depth > piece ? blocks * MR * NR : 0);
+        own_words = PANELS * (2 * panel_words + (depth > piece ? blocks * MR * NR : 0));
     }
 
     // Of one thread's panels and sums.
@@ -151,20 +156,20 @@ struct Product {
     Task claim() {
         const long task = next++;
         if (task >= tasks) return {-1, 0, 0};
-        if (task < whole) return {(ours + task) * NR, 0, blocks};
+        if (task < whole) return {(ours + task) * WIDTH, 0, blocks};
         const long range = (task - whole) % ranges, begin = blocks * range / ranges;
-        return {(ours + whole + (task - whole) / ranges) * NR, begin, blocks * (range + 1) / ranges - begin};
+        return {(ours + whole + (task - whole) / ranges) * WIDTH, begin, blocks * (range + 1) / ranges - begin};
     }
 
     Panel panel(Task task, long k) const {
-        return {b, task.column, k, std::min(NR, columns - task.column), std::min(piece, depth - k)};
+        return {b, task.column, k, std::min(WIDTH, columns - task.column), std::min(piece, depth - k)};
     }
 
     // What one thread of a team does.
     ISA void work(long thread, long team) {
         uint32_t* this_panel = own + thread * own_words;
-        uint32_t* next_panel = this_panel + panel_words;
-        float* const partial = (float*)(this_panel + 2 * panel_words);  // of a task, over the pieces of k so far
+        uint32_t* next_panel = this_panel + PANELS * panel_words;
+        float* const partial = (float*)(this_panel + 2 * PANELS * panel_words);  // of a task, over the k so far
         const long unit = a.transposed ? STRIP : 1, units = (blocks + unit - 1) / unit;
         const long from = std::min(blocks, units * thread / team * unit);
         bool is_first = a.data;  // panel, on whose way A is packed
@@ -173,9 +178,12 @@ struct Product {
         Engine::begin();
         long k = 0;
         Panel here = panel(task, 0);
-        for (long i = 0; i < here.chunks(); i++) {
-            if (i + 8 < here.chunks()) here.fetch(i + 8);
-            here.pack(i, this_panel);
+        for (long p = 0; p < here.parts(); p++) {
+            const Panel part = here.part(p);
+            for (long i = 0; i < part.chunks(); i++) {
+                if (i + 8 < part.chunks()) part.fetch(i + 8);
+                part.pack(i, this_panel + p * panel_words);
+            }
         }
         while (task.column >= 0) {
             const bool is_last = k + piece >= depth;
@@ -186,32 +194,41 @@ struct Product {
             // The next panel is fetched by the last kernels: some lines of k each. Where its chunks are lines, each
             // kernel's are packed at once, in memory of their own, before they leave the cache again.
             const long chunks = is_new ? there.chunks() : 0, kernels = (there.depth + FETCHED - 1) / FETCHED,
-                       end = task.block + task.blocks;
+                       end = task.block + task.blocks, parts = here.parts(), parts_there = there.parts();
             uint32_t* const room = b.transposed ? this_panel : next_panel;
+            const auto pack_until = [&](long& packed, long until) {
+                for (; packed < until; packed++)
+                    for (long p = 0; p < parts_there; p++) there.part(p).pack(packed, room + p * panel_words);
+            };
             long packed = 0;
             for (long i = task.block; i < end; i++) {
-                Fetch fetch{(const uint16_t*)this_panel, 0, FOREVER, 0, 32};  // nothing that is not there
-                long fetched = 0;
-                if (is_first)
-                    pack_ahead(i, end, k, here.depth, fetch);
-                else if (is_new && end - 1 - i < kernels) {
-                    const long q = (kernels - end + i) * FETCHED;
-                    if (!b.transposed) fetched = std::min(chunks, (q + FETCHED) / 8);
-                    const long column = there.column, line = there.k + q;
-                    fetch = {b.data + (b.transposed ? column * b.stride + line : line * b.stride + column), b.stride,
-                             b.transposed ? NR : FOREVER, 64, 32};
+                const long q = (kernels - end + i) * FETCHED;  // the lines that block i fetches
+                const bool fetches = is_new && q >= 0;
+                for (long p = 0; p < parts; p++) {
+                    Fetch fetch{(const uint16_t*)this_panel, 0, FOREVER, 0, 32};  // nothing that is not there
+                    if (is_first && p == 0) pack_ahead(i, end, k, here.depth, fetch);
+                    if (!is_first && fetches && p < parts_there) {
+                        const long column = there.column + p * NR, line = there.k + q;
+                        fetch = {b.data + (b.transposed ? column * b.stride + line : line * b.stride + column),
+                                 b.stride, b.transposed ? NR : FOREVER, 64, 32};
+                    }
+                    float* const sums = partial + (p * blocks + i) * MR * NR;
+                    const long column = here.column + p * NR;
+                    const typename Engine::Kernel kernel{packed_a + i * apart + k / 2 * MR,
+                                                         this_panel + p * panel_words,
+                                                         (here.depth + 1) / 2,
+                                                         i + 1 < end ? apart : 0,
+                                                         fetch,
+                                                         k > 0 ? sums : nullptr};
+                    if (is_last)
+                        output.block(kernel, i, std::min(MR, of_a.rows - i * MR), column,
+                                     std::min(NR, columns - column));
+                    else
+                        kernel.run(Partial{sums});
                 }
-                float* const sums = partial + i * MR * NR;
-                const typename Engine::Kernel kernel{
-                    packed_a + i * apart + k / 2 * MR, this_panel, (here.depth + 1) / 2,
-                    i + 1 < end ? apart : 0,           fetch,      k > 0 ? sums : nullptr};
-                if (is_last)
-                    output.block(kernel, i, std::min(MR, of_a.rows - i * MR), here.column, here.columns);
-                else
-                    kernel.run(Partial{sums});
-                for (; packed < fetched; packed++) there.pack(packed, room);
+                if (!is_first && fetches && !b.transposed) pack_until(packed, std::min(chunks, (q + FETCHED) / 8));
             }
-            for (; packed < chunks; packed++) there.pack(packed, room);
+            pack_until(packed, chunks);
             if (is_new && room == next_panel) std::swap(this_panel, next_panel);
             if (is_first && is_last) {
 #pragma omp barrier

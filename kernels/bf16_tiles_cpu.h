@@ -17,6 +17,7 @@ namespace {
 
 struct Tiles {
     static constexpr long MR = 32;                 // rows of the innermost block
+    static constexpr long PANELS = 2;              // that blocks of A pass by at once: half the traffic for these
     static constexpr long STRIP = 1;               // blocks of A that are packed at once where A is transposed
     static constexpr long FETCHED = 256;           // lines of k of the next panel that a block's steps fetch
     static constexpr long GRADIENT_COLUMNS = 128;  // that dL/dlogits is made of at a time
@@ -48,7 +49,7 @@ struct Tiles {
 
     // 32 rows of 16 words.
     ISA static MEMBER void pack_words(const __m512i* r, uint32_t* out) {
-        for (long i = 0; i < MR; i++) _mm512_store_si512(out + 16 * i, r[i]);
+        for (long i = 0; i < MR; i++) _mm512_storeu_si512(out + 16 * i, r[i]);
     }
 
     // 32 columns of 32 rows, stored as 32 rows of what is transposed.
@@ -61,7 +62,7 @@ struct Tiles {
             for (int i = 0; i < 16; i++) t[i] = _mm512_load_si512(pairs[i] + 16 * half);
             transpose(t);
             UNROLL
-            for (int i = 0; i < 16; i++) _mm512_store_si512(out + 256 * half + 16 * i, t[i]);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + 256 * half + 16 * i, t[i]);
         }
     }
 

@@ -24,6 +24,7 @@ constexpr Order ORDER;
 
 struct Vectors {
     static constexpr long MR = 6;                         // rows of the innermost block
+    static constexpr long PANELS = 1;                     // that blocks of A pass by at once
     static constexpr long STRIP = 16;                     // blocks of A that are packed at once where A is transposed
     static constexpr long FETCHED = 64;                   // lines of k of the next panel that a block's steps fetch
     static constexpr long GRADIENT_COLUMNS = STRIP * MR;  // that dL/dlogits is made of at a time

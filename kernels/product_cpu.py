@@ -3,8 +3,8 @@
     out   = a @ b                               rounded once to bf16
     total = keep total + gain (a @ b)           in fp32; keep, gain: a factor for each row
 
-On Zen 5 a product of a tile runs at nine tenths of what the multipliers can do. Where the processor is Intel's, whose
-tiles (AMX) oneDNN knows how to use, or has no instructions for bf16, a library does the work: see prefkern/products.py.
+By vectors of pairs of bf16 (AVX-512 BF16) or, where the processor has them, its matrix registers (AMX). A library does
+the work where it has neither, and on Intel's that have only the former: see prefkern/products.py.
 """
 
 from __future__ import annotations
