@@ -59,7 +59,7 @@ clean:
 
 # A Python without ensurepip (Debian splits it off) makes an environment without pip; its own pip then fills it.
 # The build tools are pinned like the rest, so the project is built with those and not in an isolated environment.
-$(STAMP): constraints.txt pyproject.toml setup.py $(wildcard kernels/*.cpp)
+$(STAMP): constraints.txt pyproject.toml setup.py $(wildcard kernels/*.cpp kernels/*.h)
 	@python=; for p in $(or $(PYTHON),$(CANDIDATES)); do \
 		if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$p; break; fi; \
 	done; \

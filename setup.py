@@ -45,7 +45,7 @@ setup(
         Extension(
             f"prefkern.kernels._{name}",
             sources=[f"kernels/{source}.cpp" for source in sources],
-            depends=[str(path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.h")],
+            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "kernels").glob("*.h"))],
             extra_compile_args=COMPILE,
             language="c++",
             optional=True,

@@ -46,7 +46,7 @@ struct Workspace {
         return memory;
     }
 };
-inline thread_local Workspace workspace;
+inline thread_local Workspace workspace __attribute__((visibility("hidden")));
 
 }  // namespace prefkern
 
@@ -98,7 +98,7 @@ ISA INLINE void pair_lines(__m512i even, __m512i odd, uint32_t* out) {
 }
 
 // What the innermost steps fetch on the side: each the lines at `from`, 32 elements on, and `third` elements on; then
-// `step` elements further, and after `run` steps in the next line of memory.
+// `step` elements further, and after `run` steps `stride` elements from where those began.
 struct Fetch {
     const uint16_t* from;
     long step, run, stride, third;

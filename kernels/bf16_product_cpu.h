@@ -1,12 +1,13 @@
 // Blocked products of bf16 matrices with fp32 sums: what product_cpu.cpp and lm_head_cpu.cpp share.
 //
-// Blocked as fast products are: a panel of B (64 columns, at most KC deep) stays in the second-level cache while blocks
-// of A pass by, and the sums of a block stay in registers. How many rows a block has, how A is packed for it and how it
-// is computed is an engine's: Vectors (6 rows) or Tiles (32). A word holds two neighbours in k. What is less usual:
-// whatever comes next (rows of A, the next panel of B) is fetched by a few prefetches in each of the innermost steps,
-// as without them, or by a burst of them, several percent are lost; A is packed on the way through the first panel; the
-// last panels are cut into ranges of rows where threads then wait for each other, so that all end together; and what
-// becomes of a block of sums is a parameter, so that more can be done with it while it is in registers.
+// Blocked as fast products are: a panel of B (64 columns, at most KC deep), or two of them side by side, stays in the
+// second-level cache while blocks of A pass by, and the sums of a block stay in registers. How many rows a block has,
+// how A is packed for it and how it is computed is an engine's: Vectors (6 rows) or Tiles (32). A word holds two
+// neighbours in k. What is less usual: whatever comes next (rows of A, the next panel of B) is fetched by a few
+// prefetches in each of the innermost steps, as without them, or by a burst of them, several percent are lost; A is
+// packed on the way through the first panel; the last panels are cut into ranges of rows where threads then wait for
+// each other, so that all end together; and what becomes of a block of sums is a parameter, so that more can be done
+// with it while it is in registers.
 //
 // No sum depends on the number of threads.
 
@@ -18,8 +19,8 @@
 
 namespace prefkern {
 
-// The engine that multiplies: 1 vectors, 2 tiles; 0 before anybody has asked what there is.
-inline int engine = 0;
+// What multiplies: 1 vectors, 2 tiles; 0 before anybody has asked what there is, or where there is neither.
+inline int engine __attribute__((visibility("hidden"))) = 0;
 
 }  // namespace prefkern
 
@@ -43,7 +44,7 @@ struct Panel {
 
     long chunks() const { return (depth + 31) / 32 * 4; }
 
-    // Of several beside each other.
+    // Several side by side are packed, and fetched, part by part.
     long parts() const { return (columns + NR - 1) / NR; }
     Panel part(long i) const { return {b, column + i * NR, k, std::min(NR, columns - i * NR), depth}; }
 
@@ -110,7 +111,7 @@ struct Rows {
 template <class Engine, class Output>
 struct Product {
     static constexpr long MR = Engine::MR, STRIP = Engine::STRIP, FETCHED = Engine::FETCHED;
-    static constexpr long PANELS = Engine::PANELS, WIDTH = PANELS * NR;
+    static constexpr long PANELS = Engine::PANELS;
     Matrix a;  // data null: packed before
     Matrix b;
     Output output;
@@ -118,7 +119,7 @@ struct Product {
     long columns, depth;
     int threads;
 
-    long blocks, apart, piece, panels, ours, whole, ranges, tasks, panel_words, own_words;
+    long blocks, apart, piece, width, panels, ours, whole, ranges, tasks, panel_words, own_words;
     uint32_t *packed_a, *own;
     std::atomic<long> next{0};
 
@@ -129,7 +130,9 @@ struct Product {
         blocks = of_a.blocks, apart = of_a.apart;
         const long pieces = std::max(1L, (depth + KC - 1) / KC);
         piece = std::max(32L, (depth + pieces * 32 - 1) / (pieces * 32) * 32);
-        panels = (columns + WIDTH - 1) / WIDTH;
+        // Columns of a panel, or of several side by side if that leaves enough for all threads. No sum depends on it.
+        width = columns >= 4 * threads * PANELS * NR ? PANELS * NR : NR;
+        panels = (columns + width - 1) / width;
         // While A is not packed, the first panel is everybody's: each thread takes a range of rows, and packs them for
         // all on the way. Then panels one by one, and the last in ranges of rows, for each of which they are packed
         // again: not where threads go on with something else, if there are panels enough for all.
@@ -156,13 +159,13 @@ struct Product {
     Task claim() {
         const long task = next++;
         if (task >= tasks) return {-1, 0, 0};
-        if (task < whole) return {(ours + task) * WIDTH, 0, blocks};
+        if (task < whole) return {(ours + task) * width, 0, blocks};
         const long range = (task - whole) % ranges, begin = blocks * range / ranges;
-        return {(ours + whole + (task - whole) / ranges) * WIDTH, begin, blocks * (range + 1) / ranges - begin};
+        return {(ours + whole + (task - whole) / ranges) * width, begin, blocks * (range + 1) / ranges - begin};
     }
 
     Panel panel(Task task, long k) const {
-        return {b, task.column, k, std::min(WIDTH, columns - task.column), std::min(piece, depth - k)};
+        return {b, task.column, k, std::min(width, columns - task.column), std::min(piece, depth - k)};
     }
 
     // What one thread of a team does.
@@ -194,7 +197,8 @@ struct Product {
             // The next panel is fetched by the last kernels: some lines of k each. Where its chunks are lines, each
             // kernel's are packed at once, in memory of their own, before they leave the cache again.
             const long chunks = is_new ? there.chunks() : 0, kernels = (there.depth + FETCHED - 1) / FETCHED,
-                       end = task.block + task.blocks, parts = here.parts(), parts_there = there.parts();
+                       end = task.block + task.blocks, parts = PANELS == 1 ? 1 : here.parts(),
+                       parts_there = PANELS == 1 ? 1 : there.parts();
             uint32_t* const room = b.transposed ? this_panel : next_panel;
             const auto pack_until = [&](long& packed, long until) {
                 for (; packed < until; packed++)

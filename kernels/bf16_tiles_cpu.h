@@ -6,6 +6,7 @@
 
 #include "bf16_cpu.h"
 
+// GCC 11 has that header, and clang none of its name.
 #if defined(__linux__) && __has_include(<amxbf16intrin.h>)
 
 #include <sys/syscall.h>
@@ -108,11 +109,12 @@ struct Tiles {
 
         ISA MEMBER void run(const Partial& take) const { compute(take, take.to); }
 
-        // The compiler does not know that tiles are loaded from memory: it is told that anything may be read.
+        // The compiler does not know what tiles are loaded from: it is told that anything may be read. Beyond that, it
+        // keeps statements of volatile assembly, which all of these are, in order.
         template <class Take>
         TILES __attribute__((noinline)) void compute(const Take& take, float* sums) const {
             constexpr long LINES = MR * Take::OF_ROW;
-            const long steps = (words + 15) / 16, lines_of_step = (LINES + 2 * steps - 1) / (2 * steps);
+            const long steps = std::max(1L, (words + 15) / 16), lines_of_step = (LINES + 2 * steps - 1) / (2 * steps);
             Fetch fetch = this->fetch;
             long on = 0, left = fetch.run, line = 0;
             asm volatile("" ::: "memory");
@@ -154,7 +156,6 @@ struct Tiles {
                 _tile_stored(2, lower, 4 * NR);
                 _tile_stored(3, lower + 16, 4 * NR);
             }
-            asm volatile("" ::: "memory");
         }
     };
 };

@@ -100,7 +100,7 @@ struct Vectors {
         }
     }
 
-    // GROUPS of 32 columns of a block of rows become rows of what is transposed: of blocks that begin with `column`.
+    // Groups of 32 columns of a block of rows become rows of what is transposed: of blocks that begin with `column`.
     ISA static MEMBER void pack_columns(const __m512i (&d)[3][MR], long groups, long row, long column, long all_blocks,
                                         long apart, uint32_t* out) {
         constexpr long AHEAD = 16 * MR;  // words, of what is fetched for writing

@@ -138,7 +138,8 @@ struct Sums {
     }
 
     // Whole blocks, of whichever engine.
-    static long filled(long rows) { return (rows + 95) / 96 * 96; }
+    static long filled(long rows) { return (rows + FILLS - 1) / FILLS * FILLS; }
+    static constexpr long FILLS = 96;
 
     Sums(const Head& head, long width, float* memory) : rows(filled(head.rows)) {
         if (!memory) return;
@@ -238,6 +239,7 @@ struct Gathered {
     ISA MEMBER void block(const Kernel& kernel, long block, long count, long column, long) const {
         using Engine = typename Kernel::Engine;
         constexpr long MR = Engine::MR;
+        static_assert(Sums::FILLS % MR == 0, "sums are of whole blocks");
         const long row = block * MR, at = column / NR * sums.rows + row;
         uint32_t* const words = e ? e + block * apart + column / 2 * MR : nullptr;
         const Left left{sums.sums + at, sums.dots ? sums.dots + at : nullptr, sums.dots ? sums.tops + at : nullptr,

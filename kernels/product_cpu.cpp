@@ -33,7 +33,7 @@ bool multiply(Matrix a, Matrix b, const Output& output, long rows, long columns,
 const float* from(const float* of_rows, long row) { return of_rows ? of_rows + row : nullptr; }
 
 template <class Engine>
-int multiply(const Matrix& a, const Matrix& b, const Result& c, long rows, long columns, long depth, long threads) {
+int multiply_all(const Matrix& a, const Matrix& b, const Result& c, long rows, long columns, long depth, long threads) {
     if (rows <= 0 || columns <= 0) return 1;
     const long least = Engine::STRIP * Engine::MR;
     const long step = std::max(least, 2 * A_WORDS / std::max<long>(depth, 1) / least * least);
@@ -53,8 +53,9 @@ int multiply(const Matrix& a, const Matrix& b, const Result& c, long rows, long 
 
 extern "C" {
 
-// What multiplies from now on: nothing (0), vectors (1) or tiles (2), the most that this processor has and that `most`
-// allows. Not while anything is being multiplied.
+// Asks the system what may multiply here: nothing (0), vectors (1) or tiles (2), at most `most`. From now on that does,
+// if it is anything. Not while something is multiplied, nor between packing rows and using them: each packs in its own
+// way.
 int prefkern_multiply_by(int most) {
     const bool has_vectors = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -68,7 +69,7 @@ int prefkern_multiply_by(int most) {
 // C (rows, columns) from A (rows, depth) and B (depth, columns). Returns 0 where memory for it was refused.
 int prefkern_product(const Matrix* a, const Matrix* b, const Result* c, int64_t rows, int64_t columns, int64_t depth,
                      int64_t threads) {
-    return BY_ENGINE(multiply, *a, *b, *c, rows, columns, depth, threads);
+    return BY_ENGINE(multiply_all, *a, *b, *c, rows, columns, depth, threads);
 }
 }
 

@@ -36,7 +36,10 @@ class _Result(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled products; None where not built or not the fastest: a property of the machine, never timed."""
+    """The compiled products, set to the fastest way to multiply that this processor has.
+
+    None where not built or not the fastest: a property of the machine, never timed.
+    """
     found = load("_product_cpu")
     # One built before its source was last changed may lack a part.
     if found is None or not hasattr(found, "prefkern_multiply_by"):

@@ -30,13 +30,14 @@ def pytest_generate_tests(metafunc):
     if "engine" in metafunc.fixturenames:
         library = product_cpu_library()
         names = {1: "vectors", 2: "tiles"}
+        # The last one asked for, which is the default, stays.
         there = [i for i in names if library is not None and library.prefkern_multiply_by(i) == i]
         metafunc.parametrize("engine", there, ids=[names[i] for i in there], indirect=True, scope="function")
 
 
 @pytest.fixture
 def engine(request):
-    product_cpu_library().prefkern_multiply_by(request.param)
+    assert product_cpu_library().prefkern_multiply_by(request.param) == request.param
     yield request.param
     product_cpu_library().prefkern_multiply_by(2)
 

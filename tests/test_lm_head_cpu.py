@@ -127,6 +127,22 @@ def test_gradient_of_hidden_is_made_when_all_has_been_folded(n, depth, vocab, sc
     assert scale < 1 or 1e-6 < -logp[3] < 1e-3
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_slices_of_more_entries_than_a_panel_is_deep(threads):
+    hidden, weight, labels = inputs(200, 600, 3000 // 64 * 64)
+    head, acc, before = Head(ignore_index=IGNORED), torch.zeros(200, 600), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        sums, _ = fold_all(hidden, weight, labels, head, 1280, acc=acc)
+    finally:
+        torch.set_num_threads(before)
+    z, column = truth(hidden, weight, labels, head)
+    p = z.softmax(1).scatter(1, column, 0.0)
+    want, got = p @ weight.double(), acc.double() / sums.sum.double()[:, None]
+    rounding = (2 * LOGIT + 2**-8) * (p @ weight.double().abs())  # of logits and of their exponentials
+    assert ((got - want).abs() <= rounding + 1e-6)[labels != IGNORED].all()
+
+
 def test_sums_that_fp32_cannot_hold_are_refused_and_nothing_is_changed():
     hidden, weight, labels = inputs(64, 64, 128)
     head = Head(ignore_index=IGNORED)
@@ -231,8 +247,11 @@ def gradients(logits, hidden, weight, labels, head, lse, g, entropy=None, e=None
     return d * counted[:, None] * (head.logit_scale / head.temperature)
 
 
+SLICES = [(64, 64, 64), (71, 65, 160), (97, 70, 96), (130, 300, 224), (6, 64, 416), (1200, 70, 1216)]
+
+
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("n, depth, vocab", [(64, 64, 64), (71, 65, 160), (97, 70, 96), (130, 300, 224), (6, 64, 416)])
+@pytest.mark.parametrize("n, depth, vocab", SLICES)
 def test_gradients_of_a_slice(n, depth, vocab, with_entropy):
     hidden, weight, labels = inputs(n, depth, vocab)
     head = Head(ignore_index=IGNORED, temperature=0.8)
@@ -319,11 +338,12 @@ def test_top1_is_exact(temperature, monkeypatch):
     assert torch.equal(ours, (labels == best) | (labels == best - 450))
 
 
-@pytest.mark.parametrize("depth", [130, 580])  # few panels for a thread, of whose last each takes a part, and many
+# Few panels for a thread, of whose last each takes a part, and many: where two go side by side, from 1,024 on.
+@pytest.mark.parametrize("depth", [130, 580, 1024])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_bits_do_not_depend_on_threads(frozen, depth, monkeypatch):
     monkeypatch.setattr(planner, "_TILE_BYTES", 1 << 17)
-    hidden, weight, labels = inputs(200, depth, 1024)
+    hidden, weight, labels = inputs(520 if depth == 1024 else 200, depth, 1024)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 7):

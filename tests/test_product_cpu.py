@@ -75,12 +75,12 @@ def test_more_rows_than_are_packed_at_a_time():
 
 @pytest.mark.parametrize("a_transposed, b_transposed", LAYOUTS)
 def test_bits_do_not_depend_on_threads(a_transposed, b_transposed):
-    a, b = matrix(333, 1500, a_transposed, 0, 1), matrix(1500, 450, b_transposed, 0, 2)
+    a, b = matrix(555, 1500, a_transposed, 0, 1), matrix(1500, 1100, b_transposed, 0, 2)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            out, total = torch.empty(333, 450, dtype=BF16), torch.zeros(333, 450)
+            out, total = torch.empty(555, 1100, dtype=BF16), torch.zeros(555, 1100)
             product_into(out, a, b)
             product_into(total, a, b)
             found.append((out, total))
@@ -166,3 +166,19 @@ def test_a_sum_in_bf16_is_added_to_all_the_same():
 def test_importing_it_does_not_import_triton():
     script = "import sys, prefkern.kernels.product_cpu; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_matrix_registers_are_used_where_there_are_some():
+    script = "from prefkern.kernels import product_cpu as p; print(p.library().prefkern_multiply_by(p.TILES))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    there = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    assert int(found) == (product_cpu.TILES if there else product_cpu.VECTORS)
+
+
+def test_torch_multiplies_by_the_same_registers():
+    """In turn, on the same threads: each sets the shape of the tiles for itself."""
+    a, b = matrix(192, 256, False, 0, 1), matrix(256, 320, False, 0, 2)
+    want, out = a.double() @ b.double(), torch.empty(192, 320, dtype=BF16)
+    for _ in range(3):
+        for found in (torch.mm(a, b), product_into(out, a, b) or out):
+            torch.testing.assert_close(found.double(), want, rtol=2e-2, atol=2e-2)
