@@ -116,7 +116,7 @@ def token_logps(
         each in its parameter's dtype, accumulated in fp32; of lora, da = scale * dlow.T @ hidden with dlow = dz @ b,
         and db = scale * dz.T @ hidden @ a.T. Entropy is differentiable, the other outputs are not.
         Backward takes p from the fp32 log-sum-exp: half an ulp of it is the relative error of p, 1e-6 at logits of 20
-        and 5e-4 at logits of 1e4.
+        and 5e-4 at logits of 1e4. Logits that it computes again may differ from forward's in the last bits.
         Second derivatives raise RuntimeError except with impl="eager".
     Memory:
         Beside the results: the workspace; where hidden needs a gradient (N, D) in at least its dtype; and where weight
