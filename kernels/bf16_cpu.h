@@ -60,6 +60,8 @@ constexpr long FOREVER = long(1) << 60;
 // Not _mm_prefetch: GCC 12 takes a function of nothing else for one without effects, and drops its calls.
 INLINE void prefetch(const void* line) { asm volatile("prefetcht0 %0" ::"m"(*(const char*)line)); }
 
+INLINE void prefetch_far(const void* line) { asm volatile("prefetcht1 %0" ::"m"(*(const char*)line)); }
+
 INLINE __mmask32 first(long count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
 
 // 16 x 16 words.
@@ -89,12 +91,12 @@ ISA static inline void transpose(__m512i* r) {
     }
 }
 
-// 32 words, in order, of two lines.
-ISA INLINE void pair_lines(__m512i even, __m512i odd, uint32_t* out) {
+// 32 words, in order, of two lines: 16, and 16 more `apart` words from where those begin.
+ISA INLINE void pair_lines(__m512i even, __m512i odd, uint32_t* out, long apart = 16) {
     const __m512i low = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), high = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
     const __m512i x = _mm512_unpacklo_epi16(even, odd), y = _mm512_unpackhi_epi16(even, odd);
     _mm512_store_si512(out, _mm512_permutex2var_epi64(x, low, y));
-    _mm512_store_si512(out + 16, _mm512_permutex2var_epi64(x, high, y));
+    _mm512_store_si512(out + apart, _mm512_permutex2var_epi64(x, high, y));
 }
 
 // What the innermost steps fetch on the side: each the lines at `from`, 32 elements on, and `third` elements on; then
@@ -110,6 +112,13 @@ struct Operation {
     long words, to_next_block;
     Fetch fetch;
     const float* before;  // sums over earlier k, a line of 64 for each row, or null
+    float* sums;          // the same with this k: where they are left if they are asked for later, or go on
+};
+
+// What blocks side by side are about to change: rows of `of_row` lines of memory, `stride` bytes apart.
+struct Lines {
+    char* from;
+    long rows, of_row, stride;
 };
 
 // A line of what a block of C is about to change, fetched for writing.

@@ -1,6 +1,6 @@
 // Blocked products of bf16 matrices with fp32 sums: what product_cpu.cpp and lm_head_cpu.cpp share.
 //
-// Blocked as fast products are: a panel of B (64 columns, at most KC deep), or two of them side by side, stays in the
+// Blocked as fast products are: a panel of B (64 columns, at most KC deep), or a few of them side by side, stays in the
 // second-level cache while blocks of A pass by, and the sums of a block stay in registers. How many rows a block has,
 // how A is packed for it and how it is computed is an engine's: Vectors (6 rows) or Tiles (32). A word holds two
 // neighbours in k. What is less usual: whatever comes next (rows of A, the next panel of B) is fetched by a few
@@ -36,8 +36,9 @@ constexpr long KC = 1152;                // the deepest panel
 constexpr long RANGES = 4;               // of rows, that each of the last panels is cut into
 constexpr long A_WORDS = long(4) << 20;  // of A at a time, about
 
-// A panel of B becomes [depth / 2][64] words, 0 beyond the matrix. It is packed in chunks of 1 KiB: 16 columns, 32
+// A panel of B becomes words in an engine's order, 0 beyond the matrix. It is packed in chunks of 1 KiB: 16 columns, 32
 // deep, where B is transposed, and else 64 columns, 8 deep.
+template <class Engine>
 struct Panel {
     Matrix b;
     long column, k, columns, depth;  // where it begins, and what there is of it
@@ -75,17 +76,18 @@ struct Panel {
         }
         transpose(r);
         UNROLL
-        for (int i = 0; i < 16; i++) _mm512_store_si512(out + (q / 2 + i) * NR + j, r[i]);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(out + Engine::in_panel(q / 2, j) + i * Engine::PAIR, r[i]);
     }
 
     ISA void pack_lines(long chunk, uint32_t* out) const {
+        constexpr long NEIGHBOUR = Engine::in_panel(0, 16);
         for (long q = chunk * 8; q < chunk * 8 + 8; q += 2)
             for (int j = 0; j < NR; j += 32) {
                 const uint16_t* from = b.data + (k + q) * b.stride + column + j;
                 const __mmask32 there = first(columns - j);
                 const __m512i even = _mm512_maskz_loadu_epi16(q < depth ? there : 0, from);
                 const __m512i odd = _mm512_maskz_loadu_epi16(q + 1 < depth ? there : 0, from + b.stride);
-                pair_lines(even, odd, out + q / 2 * NR + j);
+                pair_lines(even, odd, out + Engine::in_panel(q / 2, j), NEIGHBOUR);
             }
     }
 };
@@ -131,7 +133,8 @@ struct Product {
         const long pieces = std::max(1L, (depth + KC - 1) / KC);
         piece = std::max(32L, (depth + pieces * 32 - 1) / (pieces * 32) * 32);
         // Columns of a panel, or of several side by side if that leaves enough for all threads. No sum depends on it.
-        width = columns >= 4 * threads * PANELS * NR ? PANELS * NR : NR;
+        width = PANELS * NR;
+        while (width > NR && columns < 4 * threads * width) width /= 2;
         panels = (columns + width - 1) / width;
         // While A is not packed, the first panel is everybody's: each thread takes a range of rows, and packs them for
         // all on the way. Then panels one by one, and the last in ranges of rows, for each of which they are packed
@@ -164,7 +167,7 @@ struct Product {
         return {(ours + whole + (task - whole) / ranges) * width, begin, blocks * (range + 1) / ranges - begin};
     }
 
-    Panel panel(Task task, long k) const {
+    Panel<Engine> panel(Task task, long k) const {
         return {b, task.column, k, std::min(width, columns - task.column), std::min(piece, depth - k)};
     }
 
@@ -173,6 +176,7 @@ struct Product {
         uint32_t* this_panel = own + thread * own_words;
         uint32_t* next_panel = this_panel + PANELS * panel_words;
         float* const partial = (float*)(this_panel + 2 * PANELS * panel_words);  // of a task, over the k so far
+        alignas(64) float at_last[PANELS > 1 ? PANELS * MR * NR : 1];            // of blocks side by side, over all k
         const long unit = a.transposed ? STRIP : 1, units = (blocks + unit - 1) / unit;
         const long from = std::min(blocks, units * thread / team * unit);
         bool is_first = a.data;  // panel, on whose way A is packed
@@ -180,9 +184,9 @@ struct Product {
         if (task.column < 0) return;
         Engine::begin();
         long k = 0;
-        Panel here = panel(task, 0);
+        Panel<Engine> here = panel(task, 0);
         for (long p = 0; p < here.parts(); p++) {
-            const Panel part = here.part(p);
+            const Panel<Engine> part = here.part(p);
             for (long i = 0; i < part.chunks(); i++) {
                 if (i + 8 < part.chunks()) part.fetch(i + 8);
                 part.pack(i, this_panel + p * panel_words);
@@ -192,7 +196,7 @@ struct Product {
             const bool is_last = k + piece >= depth;
             const Task then = is_last ? claim() : task;
             const long then_k = is_last ? 0 : k + piece;
-            const Panel there = then.column >= 0 ? panel(then, then_k) : Panel{};
+            const Panel<Engine> there = then.column >= 0 ? panel(then, then_k) : Panel<Engine>{};
             const bool is_new = then.column >= 0 && (there.column != here.column || there.k != here.k);
             // The next panel is fetched by the last kernels: some lines of k each. Where its chunks are lines, each
             // kernel's are packed at once, in memory of their own, before they leave the cache again.
@@ -208,6 +212,7 @@ struct Product {
             for (long i = task.block; i < end; i++) {
                 const long q = (kernels - end + i) * FETCHED;  // the lines that block i fetches
                 const bool fetches = is_new && q >= 0;
+                typename Engine::Kernel at[PANELS];
                 for (long p = 0; p < parts; p++) {
                     Fetch fetch{(const uint16_t*)this_panel, 0, FOREVER, 0, 32};  // nothing that is not there
                     if (is_first && p == 0) pack_ahead(i, end, k, here.depth, fetch);
@@ -216,19 +221,22 @@ struct Product {
                         fetch = {b.data + (b.transposed ? column * b.stride + line : line * b.stride + column),
                                  b.stride, b.transposed ? NR : FOREVER, 64, 32};
                     }
-                    float* const sums = partial + (p * blocks + i) * MR * NR;
+                    float* const sums = partial + (i * PANELS + p) * MR * NR;
+                    at[p] = {{packed_a + i * apart + k / 2 * MR, this_panel + p * panel_words, (here.depth + 1) / 2,
+                              i + 1 < end && !(PANELS > 1 && is_first) ? apart : 0, fetch, k > 0 ? sums : nullptr,
+                              is_last ? at_last + p * MR * NR : sums}};
+                }
+                if constexpr (PANELS > 1)
+                    Engine::compute(at, parts,
+                                    is_last ? output.template lines<Engine>(i, here.column, parts)
+                                            : Lines{(char*)at->sums, 1, parts * MR * NR / 16, 0});
+                for (long p = 0; p < parts; p++) {
                     const long column = here.column + p * NR;
-                    const typename Engine::Kernel kernel{packed_a + i * apart + k / 2 * MR,
-                                                         this_panel + p * panel_words,
-                                                         (here.depth + 1) / 2,
-                                                         i + 1 < end ? apart : 0,
-                                                         fetch,
-                                                         k > 0 ? sums : nullptr};
                     if (is_last)
-                        output.block(kernel, i, std::min(MR, of_a.rows - i * MR), column,
+                        output.block(at[p], i, std::min(MR, of_a.rows - i * MR), column,
                                      std::min(NR, columns - column));
-                    else
-                        kernel.run(Partial{sums});
+                    else if constexpr (PANELS == 1)
+                        at[p].run(Partial{at[p].sums});
                 }
                 if (!is_first && fetches && !b.transposed) pack_until(packed, std::min(chunks, (q + FETCHED) / 8));
             }
@@ -265,6 +273,13 @@ struct Product {
     }
 };
 
+// Rows of a block in a matrix, and as many columns as blocks side by side have.
+template <class Engine, class T>
+Lines lines_of(T* to, long stride, long block, long column, long count) {
+    return {(char*)(to + block * Engine::MR * stride + column), Engine::MR, count * NR * long(sizeof(T)) / 64,
+            stride * long(sizeof(T))};
+}
+
 // To bf16, rounded once.
 struct Written {
     static constexpr long OF_ROW = NR * sizeof(uint16_t) / 64;
@@ -272,6 +287,11 @@ struct Written {
     long stride;
 
     MEMBER void fetch(long line) const { prefetch_line(out, stride, line); }
+
+    template <class Engine>
+    Lines lines(long block, long column, long count) const {
+        return lines_of<Engine>(out, stride, block, column, count);
+    }
 
     template <long ROWS>
     ISA MEMBER void take(const __m512 (&sums)[ROWS][4], long row) const {
@@ -303,6 +323,11 @@ struct Blended {
     const float *keep, *gain;
 
     MEMBER void fetch(long line) const { prefetch_line(total, stride, line); }
+
+    template <class Engine>
+    Lines lines(long block, long column, long count) const {
+        return lines_of<Engine>(total, stride, block, column, count);
+    }
 
     template <long ROWS>
     ISA MEMBER void take(const __m512 (&sums)[ROWS][4], long row) const {

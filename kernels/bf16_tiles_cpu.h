@@ -1,6 +1,5 @@
 // Blocks of 32 x 64 sums by the processor's own matrix registers (AMX): two by two tiles of 16 x 16 sums at a time, to
-// which a step adds the product of tiles of 16 rows by 32 of k. A panel of B, [k / 2][64] words, is what tiles of B are
-// loaded from as it is.
+// which a step adds the product of tiles of 16 rows by 32 of k. A tile of A or of B is a run of memory.
 
 #pragma once
 
@@ -17,15 +16,22 @@
 namespace {
 
 struct Tiles {
-    static constexpr long MR = 32;                 // rows of the innermost block
-    static constexpr long PANELS = 2;              // that blocks of A pass by at once: half the traffic for these
-    static constexpr long STRIP = 1;               // blocks of A that are packed at once where A is transposed
-    static constexpr long FETCHED = 256;           // lines of k of the next panel that a block's steps fetch
+    static constexpr long MR = 32;        // rows of the innermost block
+    static constexpr long PANELS = 4;     // that blocks of A pass by at once: a quarter of the traffic for these
+    static constexpr long DEEP = 16;      // steps over k, of 32, of a block of A that the nearest cache holds
+    static constexpr long STRIP = 1;      // blocks of A that are packed at once where A is transposed
+    static constexpr long FETCHED = 256;  // lines of k of the next panel that a block's steps fetch
     static constexpr long GRADIENT_COLUMNS = 128;  // that dL/dlogits is made of at a time
 
     // In a block of A, [depth / 32][32][16] words: a line of memory is 32 elements of a row.
     static constexpr long words(long depth) { return (depth + 31) / 32 * 16 * MR; }
     static constexpr long place(long row, long column) { return column / 32 * 16 * MR + row * 16 + column % 32 / 2; }
+
+    // In a panel of B, [depth / 32][4] tiles of 16 pairs of lines of k: 16 columns of a pair; from a pair to the next.
+    static constexpr long in_panel(long pair, long column) {
+        return pair / 16 * 16 * NR + column * 16 + pair % 16 * 16;
+    }
+    static constexpr long PAIR = 16;
 
     // Whether the processor has them and the system lets this process use them; it has to be asked.
     static bool are_there() {
@@ -93,11 +99,9 @@ struct Tiles {
     struct Kernel : Operation {
         using Engine = Tiles;
 
-        // take.take(sums, row) gets the result, a few rows at a time.
+        // take.take(sums, row) gets what was computed, a few rows at a time.
         template <class Take>
         ISA MEMBER void run(const Take& take) const {
-            alignas(64) float sums[MR * NR];
-            compute(take, sums);
             for (long row = 0; row < MR; row += 4) {
                 __m512 some[4][4];
                 UNROLL
@@ -106,58 +110,81 @@ struct Tiles {
                 take.take(some, row);
             }
         }
-
-        ISA MEMBER void run(const Partial& take) const { compute(take, take.to); }
-
-        // The compiler does not know what tiles are loaded from: it is told that anything may be read. Beyond that, it
-        // keeps statements of volatile assembly, which all of these are, in order.
-        template <class Take>
-        TILES __attribute__((noinline)) void compute(const Take& take, float* sums) const {
-            constexpr long LINES = MR * Take::OF_ROW;
-            const long steps = std::max(1L, (words + 15) / 16), lines_of_step = (LINES + 2 * steps - 1) / (2 * steps);
-            Fetch fetch = this->fetch;
-            long on = 0, left = fetch.run, line = 0;
-            asm volatile("" ::: "memory");
-            for (long column = 0; column < NR; column += 32) {
-                const uint32_t *a = this->a, *b = this->b + column;
-                if (before) {
-                    const float *const upper = before + column, *const lower = upper + 16 * NR;
-                    _tile_loadd(0, upper, 4 * NR);
-                    _tile_loadd(1, upper + 16, 4 * NR);
-                    _tile_loadd(2, lower, 4 * NR);
-                    _tile_loadd(3, lower + 16, 4 * NR);
-                } else {
-                    _tile_zero(0);
-                    _tile_zero(1);
-                    _tile_zero(2);
-                    _tile_zero(3);
-                }
-                for (long step = 0; step < steps; step++, a += 16 * MR, b += 16 * NR) {
-                    // What is loaded so is the first to leave the first-level cache, which does not hold it all.
-                    _tile_stream_loadd(6, b, 4 * NR);
-                    _tile_loadd(4, a, 64);
-                    for (int i = 0; i < 4; i++) {
-                        prefetch(fetch.from + on), prefetch(fetch.from + on + 32),
-                            prefetch(fetch.from + on + fetch.third);
-                        on += fetch.step;
-                        if (--left == 0) fetch.from += fetch.stride, on = 0, left = fetch.run;
-                    }
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_stream_loadd(7, b + 16, 4 * NR);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_loadd(5, a + 256, 64);
-                    for (const long end = std::min(LINES, line + lines_of_step); line < end; line++) take.fetch(line);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-                float *const upper = sums + column, *const lower = upper + 16 * NR;
-                _tile_stored(0, upper, 4 * NR);
-                _tile_stored(1, upper + 16, 4 * NR);
-                _tile_stored(2, lower, 4 * NR);
-                _tile_stored(3, lower + 16, 4 * NR);
-            }
-        }
     };
+
+    // The sums of blocks side by side, of the same rows. Steps over k are taken DEEP at a time for all of the columns:
+    // so far, the block of A stays in the first-level cache. The next one is brought to the second-level cache.
+    //
+    // The compiler does not know what tiles are loaded from: it is told that anything may be read. Beyond that, it
+    // keeps statements of volatile assembly, which all of these are, in order.
+    TILES __attribute__((noinline)) static void compute(const Kernel* blocks, long count, const Lines& lines) {
+        const long steps = std::max(1L, (blocks->words + 15) / 16), pieces = (steps + DEEP - 1) / DEEP;
+        const long deep = (steps + pieces - 1) / pieces, of_step = 2 * count;
+        const long next_lines = blocks->to_next_block ? (MR + of_step - 1) / of_step : 0;
+        const long all_lines = lines.rows * lines.of_row,
+                   changed_lines = (all_lines + of_step * steps - 1) / (of_step * steps);
+        const uint32_t* next = blocks->a + blocks->to_next_block;
+        const char* changed = lines.from;
+        long changed_left = all_lines, of_row_left = lines.of_row;
+        struct {
+            Fetch fetch;
+            long on, left;
+        } ahead[PANELS];
+        for (long p = 0; p < count; p++) ahead[p] = {blocks[p].fetch, 0, blocks[p].fetch.run};
+        asm volatile("" ::: "memory");
+        for (long begin = 0; begin < steps; begin += deep)
+            for (long p = 0; p < count; p++)
+                for (long column = 0; column < NR; column += 32) {
+                    const Kernel& block = blocks[p];
+                    const uint32_t *a = block.a + begin * 16 * MR, *b = block.b + begin * 16 * NR + column * 16;
+                    const float* const before = begin > 0 ? block.sums : block.before;
+                    if (before) {
+                        const float *const upper = before + column, *const lower = upper + 16 * NR;
+                        _tile_loadd(0, upper, 4 * NR);
+                        _tile_loadd(1, upper + 16, 4 * NR);
+                        _tile_loadd(2, lower, 4 * NR);
+                        _tile_loadd(3, lower + 16, 4 * NR);
+                    } else {
+                        _tile_zero(0);
+                        _tile_zero(1);
+                        _tile_zero(2);
+                        _tile_zero(3);
+                    }
+                    auto [fetch, on, left] = ahead[p];
+                    const long end = std::min(steps, begin + deep);
+                    for (long step = begin; step < end; step++, a += 16 * MR, b += 16 * NR) {
+                        if (fetch.step)
+                            for (int i = 0; i < 4; i++) {
+                                prefetch(fetch.from + on), prefetch(fetch.from + on + 32),
+                                    prefetch(fetch.from + on + fetch.third);
+                                on += fetch.step;
+                                if (--left == 0) fetch.from += fetch.stride, on = 0, left = fetch.run;
+                            }
+                        // Loads first, and then products: in turns they are as fast, but a tenth slower where another
+                        // process shares the core. What is loaded as a stream is the first to leave the nearest cache.
+                        _tile_stream_loadd(6, b, 64);
+                        _tile_loadd(4, a, 64);
+                        _tile_stream_loadd(7, b + 256, 64);
+                        _tile_loadd(5, a + 256, 64);
+                        for (long i = 0; i < next_lines; i++, next += 16) prefetch_far(next);
+                        for (long i = std::min(changed_lines, changed_left); i > 0; i--) {
+                            __builtin_prefetch(changed, 1), changed += 64, changed_left--;
+                            if (--of_row_left > 0) continue;
+                            changed += lines.stride - 64 * lines.of_row, of_row_left = lines.of_row;
+                        }
+                        _tile_dpbf16ps(0, 4, 6);
+                        _tile_dpbf16ps(1, 4, 7);
+                        _tile_dpbf16ps(2, 5, 6);
+                        _tile_dpbf16ps(3, 5, 7);
+                    }
+                    ahead[p] = {fetch, on, left};
+                    float *const upper = block.sums + column, *const lower = upper + 16 * NR;
+                    _tile_stored(0, upper, 4 * NR);
+                    _tile_stored(1, upper + 16, 4 * NR);
+                    _tile_stored(2, lower, 4 * NR);
+                    _tile_stored(3, lower + 16, 4 * NR);
+                }
+    }
 };
 
 }  // namespace

@@ -33,6 +33,10 @@ struct Vectors {
     static constexpr long words(long depth) { return (depth + 1) / 2 * MR; }
     static constexpr long place(long row, long column) { return column / 2 * MR + row; }
 
+    // In a panel of B, [depth / 2][64] words: 16 columns of a pair of lines of k; from a pair to the next.
+    static constexpr long in_panel(long pair, long column) { return pair * NR + column; }
+    static constexpr long PAIR = NR;
+
     static void begin() {}
     static void end() {}
 

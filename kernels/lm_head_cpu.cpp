@@ -235,6 +235,11 @@ struct Gathered {
     uint32_t* e;   // or null
     long apart;    // words between two blocks of it
 
+    template <class Engine>
+    Lines lines(long, long, long) const {
+        return {nullptr, 0, 0, 0};
+    }
+
     template <class Kernel>
     ISA MEMBER void block(const Kernel& kernel, long block, long count, long column, long) const {
         using Engine = typename Kernel::Engine;
