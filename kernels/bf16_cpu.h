@@ -112,7 +112,7 @@ struct Operation {
     long words, to_next_block;
     Fetch fetch;
     const float* before;  // sums over earlier k, a line of 64 for each row, or null
-    float* sums;          // the same with this k: where they are left if they are asked for later, or go on
+    float* sums;          // the same with this k: where they are if they go on, or, of tiles, are asked for later
 };
 
 // What blocks side by side are about to change: rows of `of_row` lines of memory, `stride` bytes apart.

@@ -1,13 +1,13 @@
 // Blocked products of bf16 matrices with fp32 sums: what product_cpu.cpp and lm_head_cpu.cpp share.
 //
 // Blocked as fast products are: a panel of B (64 columns, at most KC deep), or a few of them side by side, stays in the
-// second-level cache while blocks of A pass by, and the sums of a block stay in registers. How many rows a block has,
-// how A is packed for it and how it is computed is an engine's: Vectors (6 rows) or Tiles (32). A word holds two
+// second-level cache while blocks of A pass by, and the sums of a block stay near. How many rows a block has, how A is
+// packed for it and how it is computed is an engine's: Vectors (6 rows) or Tiles (32). A word holds two
 // neighbours in k. What is less usual: whatever comes next (rows of A, the next panel of B) is fetched by a few
 // prefetches in each of the innermost steps, as without them, or by a burst of them, several percent are lost; A is
 // packed on the way through the first panel; the last panels are cut into ranges of rows where threads then wait for
 // each other, so that all end together; and what becomes of a block of sums is a parameter, so that more can be done
-// with it while it is in registers.
+// with it while it is near: in registers, or in the first-level cache.
 //
 // No sum depends on the number of threads.
 
@@ -33,7 +33,6 @@ inline int engine __attribute__((visibility("hidden"))) = 0;
 namespace {
 
 constexpr long KC = 1152;                // the deepest panel
-constexpr long RANGES = 4;               // of rows, that each of the last panels is cut into
 constexpr long A_WORDS = long(4) << 20;  // of A at a time, about
 
 // A panel of B becomes words in an engine's order, 0 beyond the matrix. It is packed in chunks of 1 KiB: 16 columns, 32
@@ -112,8 +111,8 @@ struct Rows {
 // A B, each block of which goes to `output`.
 template <class Engine, class Output>
 struct Product {
-    static constexpr long MR = Engine::MR, STRIP = Engine::STRIP, FETCHED = Engine::FETCHED;
-    static constexpr long PANELS = Engine::PANELS;
+    static constexpr long MR = Engine::MR, STRIP = Engine::STRIP, PANELS = Engine::PANELS;
+    static_assert((PANELS & (PANELS - 1)) == 0, "as many are halved until they are few enough");
     Matrix a;  // data null: packed before
     Matrix b;
     Output output;
@@ -121,7 +120,7 @@ struct Product {
     long columns, depth;
     int threads;
 
-    long blocks, apart, piece, width, panels, ours, whole, ranges, tasks, panel_words, own_words;
+    long blocks, apart, piece, width, side, panels, ours, whole, ranges, tasks, panel_words, own_words;
     uint32_t *packed_a, *own;
     std::atomic<long> next{0};
 
@@ -135,17 +134,17 @@ struct Product {
         // Columns of a panel, or of several side by side if that leaves enough for all threads. No sum depends on it.
         width = PANELS * NR;
         while (width > NR && columns < 4 * threads * width) width /= 2;
-        panels = (columns + width - 1) / width;
+        panels = (columns + width - 1) / width, side = width / NR;
         // While A is not packed, the first panel is everybody's: each thread takes a range of rows, and packs them for
         // all on the way. Then panels one by one, and the last in ranges of rows, for each of which they are packed
         // again: not where threads go on with something else, if there are panels enough for all.
         ours = a.data ? 1 : 0;
         const bool goes_on = !is_last && panels - ours >= 4 * threads;
         whole = threads == 1 || goes_on ? panels - ours : std::max(0L, (panels - ours) / threads - 1) * threads;
-        ranges = std::min(RANGES, std::max(1L, blocks / 8));
+        ranges = std::min(Engine::RANGES, std::max(1L, blocks / Engine::LEAST));
         tasks = whole + (panels - ours - whole) * ranges;
         panel_words = (std::min(depth, piece) + 31) / 32 * 16 * NR;
-        own_words = PANELS * (2 * panel_words + (depth > piece ? blocks * MR * NR : 0));
+        own_words = side * (2 * panel_words + (depth > piece ? blocks * MR * NR : 0));
     }
 
     // Of one thread's panels and sums.
@@ -174,9 +173,9 @@ struct Product {
     // What one thread of a team does.
     ISA void work(long thread, long team) {
         uint32_t* this_panel = own + thread * own_words;
-        uint32_t* next_panel = this_panel + PANELS * panel_words;
-        float* const partial = (float*)(this_panel + 2 * PANELS * panel_words);  // of a task, over the k so far
-        alignas(64) float at_last[PANELS > 1 ? PANELS * MR * NR : 1];            // of blocks side by side, over all k
+        uint32_t* next_panel = this_panel + side * panel_words;
+        float* const partial = (float*)(this_panel + 2 * side * panel_words);  // of a task, over the k so far
+        alignas(64) float at_last[PANELS > 1 ? PANELS * MR * NR : 1];          // of blocks side by side, over all k
         const long unit = a.transposed ? STRIP : 1, units = (blocks + unit - 1) / unit;
         const long from = std::min(blocks, units * thread / team * unit);
         bool is_first = a.data;  // panel, on whose way A is packed
@@ -200,7 +199,8 @@ struct Product {
             const bool is_new = then.column >= 0 && (there.column != here.column || there.k != here.k);
             // The next panel is fetched by the last kernels: some lines of k each. Where its chunks are lines, each
             // kernel's are packed at once, in memory of their own, before they leave the cache again.
-            const long chunks = is_new ? there.chunks() : 0, kernels = (there.depth + FETCHED - 1) / FETCHED,
+            const long fetched = Engine::fetched(here.depth);
+            const long chunks = is_new ? there.chunks() : 0, kernels = (there.depth + fetched - 1) / fetched,
                        end = task.block + task.blocks, parts = PANELS == 1 ? 1 : here.parts(),
                        parts_there = PANELS == 1 ? 1 : there.parts();
             uint32_t* const room = b.transposed ? this_panel : next_panel;
@@ -210,26 +210,33 @@ struct Product {
             };
             long packed = 0;
             for (long i = task.block; i < end; i++) {
-                const long q = (kernels - end + i) * FETCHED;  // the lines that block i fetches
+                const long q = (kernels - end + i) * fetched;  // the lines that block i fetches
                 const bool fetches = is_new && q >= 0;
                 typename Engine::Kernel at[PANELS];
                 for (long p = 0; p < parts; p++) {
                     Fetch fetch{(const uint16_t*)this_panel, 0, FOREVER, 0, 32};  // nothing that is not there
-                    if (is_first && p == 0) pack_ahead(i, end, k, here.depth, fetch);
+                    if (is_first) {
+                        if (p == 0) pack_first(i, end, k, here.depth);
+                        fetch_first(i, end, k, here.depth, p, parts, fetch);
+                    }
                     if (!is_first && fetches && p < parts_there) {
                         const long column = there.column + p * NR, line = there.k + q;
                         fetch = {b.data + (b.transposed ? column * b.stride + line : line * b.stride + column),
                                  b.stride, b.transposed ? NR : FOREVER, 64, 32};
                     }
-                    float* const sums = partial + (i * PANELS + p) * MR * NR;
+                    float* const sums = partial + (i * side + p) * MR * NR;
                     at[p] = {{packed_a + i * apart + k / 2 * MR, this_panel + p * panel_words, (here.depth + 1) / 2,
                               i + 1 < end && !(PANELS > 1 && is_first) ? apart : 0, fetch, k > 0 ? sums : nullptr,
                               is_last ? at_last + p * MR * NR : sums}};
                 }
-                if constexpr (PANELS > 1)
+                if constexpr (PANELS > 1) {
+                    // What goes on is changed on the way: that of the next block is fetched.
+                    const long rows = std::min(MR, of_a.rows - i * MR);
                     Engine::compute(at, parts,
-                                    is_last ? output.template lines<Engine>(i, here.column, parts)
-                                            : Lines{(char*)at->sums, 1, parts * MR * NR / 16, 0});
+                                    is_last ? output.template lines<Engine>(i, rows, here.column, parts)
+                                            : Lines{(char*)(at->sums + side * MR * NR), i + 1 < end ? 1 : 0,
+                                                    parts * MR * NR / 16, 0});
+                }
                 for (long p = 0; p < parts; p++) {
                     const long column = here.column + p * NR;
                     if (is_last)
@@ -238,7 +245,7 @@ struct Product {
                     else if constexpr (PANELS == 1)
                         at[p].run(Partial{at[p].sums});
                 }
-                if (!is_first && fetches && !b.transposed) pack_until(packed, std::min(chunks, (q + FETCHED) / 8));
+                if (!is_first && fetches && !b.transposed) pack_until(packed, std::min(chunks, (q + fetched) / 8));
             }
             pack_until(packed, chunks);
             if (is_new && room == next_panel) std::swap(this_panel, next_panel);
@@ -251,32 +258,41 @@ struct Product {
         Engine::end();
     }
 
-    // Packs block i of A, or its strip, and lets the kernel fetch what is packed after it.
-    ISA void pack_ahead(long i, long end, long k, long piece_depth, Fetch& fetch) {
-        const Matrix from{a.data + (a.transposed ? k * a.stride : k), a.stride, a.transposed};
+    // A from line k on, of its rows' elements or of its columns'.
+    Matrix from(long k) const { return {a.data + (a.transposed ? k * a.stride : k), a.stride, a.transposed}; }
+
+    // Packs block i of A, or its strip.
+    ISA void pack_first(long i, long end, long k, long piece_depth) {
+        const Matrix from = this->from(k);
         uint32_t* const to = packed_a + i * apart + k / 2 * MR;
         const long row = i * MR, rows = of_a.rows;
         if (!a.transposed) {
             Engine::pack_block(from, row, std::min(MR, rows - row), piece_depth, to);
-            if (i + 1 < end) fetch = {from.data + (row + MR) * a.stride, 96, 11, a.stride, 64};
-            return;
-        }
-        const long in_strip = i % STRIP, ahead = i - in_strip + STRIP;
-        if (in_strip == 0 && (i + STRIP) * MR <= rows)
+        } else if (i % STRIP == 0 && (i + STRIP) * MR <= rows) {
             Engine::pack_strip(from, row, piece_depth, apart, to);
-        else if (in_strip == 0)
+        } else if (i % STRIP == 0) {
             for (long j = i; j < end; j++)
                 Engine::pack_block(from, j * MR, std::min(MR, rows - j * MR), piece_depth, to + (j - i) * apart);
-        if (ahead < end)
-            fetch = {from.data + ahead * MR + (piece_depth + STRIP - 1) / STRIP * in_strip * a.stride, a.stride,
-                     FOREVER, 0, 64};
+        }
+    }
+
+    // Lets one of the parts of block i fetch its share of what is packed after it.
+    ISA void fetch_first(long i, long end, long k, long piece_depth, long part, long parts, Fetch& fetch) const {
+        const Matrix from = this->from(k);
+        const long in_strip = i % STRIP, ahead = i - in_strip + STRIP;
+        if (!a.transposed && i + 1 < end)
+            fetch = {from.data + ((i + 1) * MR + MR * part / parts) * a.stride, 96, 11, a.stride, 64};
+        else if (a.transposed && ahead < end)
+            fetch = {from.data + ahead * MR +
+                         ((piece_depth + STRIP - 1) / STRIP * in_strip + piece_depth * part / parts) * a.stride,
+                     a.stride, FOREVER, 0, 64};
     }
 };
 
 // Rows of a block in a matrix, and as many columns as blocks side by side have.
 template <class Engine, class T>
-Lines lines_of(T* to, long stride, long block, long column, long count) {
-    return {(char*)(to + block * Engine::MR * stride + column), Engine::MR, count * NR * long(sizeof(T)) / 64,
+Lines lines_of(T* to, long stride, long block, long rows, long column, long count) {
+    return {(char*)(to + block * Engine::MR * stride + column), rows, count * NR * long(sizeof(T)) / 64,
             stride * long(sizeof(T))};
 }
 
@@ -289,8 +305,8 @@ struct Written {
     MEMBER void fetch(long line) const { prefetch_line(out, stride, line); }
 
     template <class Engine>
-    Lines lines(long block, long column, long count) const {
-        return lines_of<Engine>(out, stride, block, column, count);
+    Lines lines(long block, long rows, long column, long count) const {
+        return lines_of<Engine>(out, stride, block, rows, column, count);
     }
 
     template <long ROWS>
@@ -325,8 +341,8 @@ struct Blended {
     MEMBER void fetch(long line) const { prefetch_line(total, stride, line); }
 
     template <class Engine>
-    Lines lines(long block, long column, long count) const {
-        return lines_of<Engine>(total, stride, block, column, count);
+    Lines lines(long block, long rows, long column, long count) const {
+        return lines_of<Engine>(total, stride, block, rows, column, count);
     }
 
     template <long ROWS>

@@ -16,11 +16,11 @@
 namespace {
 
 struct Tiles {
-    static constexpr long MR = 32;        // rows of the innermost block
-    static constexpr long PANELS = 4;     // that blocks of A pass by at once: a quarter of the traffic for these
-    static constexpr long DEEP = 16;      // steps over k, of 32, of a block of A that the nearest cache holds
-    static constexpr long STRIP = 1;      // blocks of A that are packed at once where A is transposed
-    static constexpr long FETCHED = 256;  // lines of k of the next panel that a block's steps fetch
+    static constexpr long MR = 32;     // rows of the innermost block
+    static constexpr long PANELS = 4;  // that blocks of A pass by at once: a quarter of the traffic for these
+    static constexpr long DEEP = 16;   // steps over k, of 32, of a block of A that the nearest cache holds
+    static constexpr long STRIP = 1;   // blocks of A that are packed at once where A is transposed
+    static constexpr long RANGES = 2, LEAST = 4;   // that each of the last panels is cut into; blocks of one
     static constexpr long GRADIENT_COLUMNS = 128;  // that dL/dlogits is made of at a time
 
     // In a block of A, [depth / 32][32][16] words: a line of memory is 32 elements of a row.
@@ -32,6 +32,9 @@ struct Tiles {
         return pair / 16 * 16 * NR + column * 16 + pair % 16 * 16;
     }
     static constexpr long PAIR = 16;
+
+    // Lines of k of the next panel that a block's steps fetch, of each part: four a step and half.
+    static constexpr long fetched(long depth) { return std::max(64L, std::min(256L, depth / 256 * 64)); }
 
     // Whether the processor has them and the system lets this process use them; it has to be asked.
     static bool are_there() {

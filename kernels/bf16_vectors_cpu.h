@@ -26,7 +26,7 @@ struct Vectors {
     static constexpr long MR = 6;                         // rows of the innermost block
     static constexpr long PANELS = 1;                     // that blocks of A pass by at once
     static constexpr long STRIP = 16;                     // blocks of A that are packed at once where A is transposed
-    static constexpr long FETCHED = 64;                   // lines of k of the next panel that a block's steps fetch
+    static constexpr long RANGES = 4, LEAST = 8;          // that each of the last panels is cut into; blocks of one
     static constexpr long GRADIENT_COLUMNS = STRIP * MR;  // that dL/dlogits is made of at a time
 
     // In a block of A, [depth / 2][6] words.
@@ -36,6 +36,9 @@ struct Vectors {
     // In a panel of B, [depth / 2][64] words: 16 columns of a pair of lines of k; from a pair to the next.
     static constexpr long in_panel(long pair, long column) { return pair * NR + column; }
     static constexpr long PAIR = NR;
+
+    // Lines of k of the next panel that a block's steps fetch.
+    static constexpr long fetched(long) { return 64; }
 
     static void begin() {}
     static void end() {}

@@ -236,8 +236,8 @@ struct Gathered {
     long apart;    // words between two blocks of it
 
     template <class Engine>
-    Lines lines(long, long, long) const {
-        return {nullptr, 0, 0, 0};
+    Lines lines(long block, long, long column, long count) const {
+        return {(char*)(e + block * apart + column / 2 * Engine::MR), e ? 1 : 0, count * Engine::MR * NR / 32, 0};
     }
 
     template <class Kernel>
@@ -249,7 +249,7 @@ struct Gathered {
         uint32_t* const words = e ? e + block * apart + column / 2 * MR : nullptr;
         const Left left{sums.sums + at, sums.dots ? sums.dots + at : nullptr, sums.dots ? sums.tops + at : nullptr,
                         words};
-        for (long i = 0; words && i < MR * NR / 2; i += 16) __builtin_prefetch(words + i, 1);
+        for (long i = 0; Engine::PANELS == 1 && words && i < MR * NR / 2; i += 16) __builtin_prefetch(words + i, 1);
         alignas(64) uint16_t logits[MR * NR];
         kernel.run(Written{logits, NR});
         (head->scale == 1 ? fold<Engine, false> : fold<Engine, true>)(logits, sums.reference + row, head->scale, left);

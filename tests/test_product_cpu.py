@@ -62,9 +62,13 @@ def test_odd_sizes(rows, columns, depth, a_transposed, b_transposed):
 
 
 @pytest.mark.parametrize("a_transposed, b_transposed", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1024, 320, 1024), (1031, 200, 2100), (130, 70, 16_387), (4099, 96, 1190)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1024, 320, 1024), (1031, 200, 2100), (130, 70, 16_387), (4099, 96, 1190), (70, 1216, 2500), (333, 2240, 1190)],
+    ids=str,
+)
 def test_large(shape, a_transposed, b_transposed):
-    """Several pieces of depth, and panels cut into ranges."""
+    """Several pieces of depth, panels cut into ranges, and up to four side by side, of which the last are fewer."""
     check(*shape, a_transposed, b_transposed)
 
 
