@@ -321,7 +321,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("lora, tied", [("lora", False), ("lora", True), ("copy", True)])
+@pytest.mark.parametrize("lora, tied", [
+    pytest.param("lora", False, marks=pytest.mark.slow), ("lora", True), ("copy", True),
+])  # fmt: skip
 def test_a_run_is_saved_resumed_and_read_by_peft(tmp_path, monkeypatch, lora, tied):
     args = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "report_to": "none", "learning_rate": 1e-2,
             "per_device_train_batch_size": 2}  # fmt: skip

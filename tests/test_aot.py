@@ -117,7 +117,7 @@ print(compile_for(spec, arch).fault(spec, arch))
     "arch, tile, options, fault",
     [
         ("sm_90", dict(BLOCK_N=128, BLOCK_V=256), dict(num_warps=4), "spills: "),
-        ("gfx942", dict(BLOCK_N=128, BLOCK_V=512), dict(), "spills: "),
+        pytest.param("gfx942", dict(BLOCK_N=128, BLOCK_V=512), dict(), "spills: ", marks=pytest.mark.slow),
         ("sm_80", dict(BLOCK_D=128), dict(num_stages=4), "bytes of shared memory, sm_80 has 166912"),
         ("sm_80", dict(), dict(), "None"),
     ],

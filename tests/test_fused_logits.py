@@ -98,7 +98,7 @@ def test_matches_plain_torch(layout, V, link, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("layout, V", [
     (Layout.pairs([3, 0], [2, 1]), 1),
-    (Layout.pairs([7, 0, 3], [5, 4, 1]), 1031),
+    pytest.param(Layout.pairs([7, 0, 3], [5, 4, 1]), 1031, marks=pytest.mark.slow),
     (Layout.pairs([7, 6], [9, 0]).static(4, accumulate="prefix"), 600),
 ], ids=["v1", "v1031", "prefix_v600"])  # fmt: skip
 def test_split_rows_match_plain_torch(layout, V, dtype, monkeypatch):
@@ -271,7 +271,7 @@ def test_rows_outside_every_segment_get_zero_gradient(monkeypatch):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU chooses the order of its programs itself")
 @pytest.mark.parametrize("tiling", [(RowConfig(2, 64, 1, 1), 1), SPLIT], ids=["blocks", "splits"])
-@pytest.mark.parametrize("accumulate", ["segment", "prefix"])
+@pytest.mark.parametrize("accumulate", [pytest.param("segment", marks=pytest.mark.slow), "prefix"])
 def test_any_order_of_the_programs_gives_the_same_bits(accumulate, tiling, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
 

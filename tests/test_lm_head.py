@@ -342,7 +342,7 @@ def test_what_a_filter_loses_is_bounded(eps, flags_seen):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("workspace_bytes", [ONE_TILE, PLENTY], ids=["one tile", "plenty"])
-@pytest.mark.parametrize("eps", [0.0, 1e-30])
+@pytest.mark.parametrize("eps", [pytest.param(0.0, marks=pytest.mark.slow), 1e-30])
 def test_a_filter_that_keeps_every_tile_changes_nothing(eps, workspace_bytes, dtype, flags_seen):
     hidden, weight, bias, labels, *grads = make(130, 123, 1031, dtype)
     hidden, weight = VIEWS["columns of a wider one"](hidden), VIEWS["transposed"](weight)
@@ -378,7 +378,7 @@ def descriptors(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("filter_eps", [None, 1e-3])
+@pytest.mark.parametrize("filter_eps", [None, pytest.param(1e-3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("N, D, V", [(1, 8, 2), (130, 72, 1031)])
 def test_the_copy_engine_brings_the_same_bits(N, D, V, filter_eps, dtype, descriptors, monkeypatch):
     hidden, weight, bias, labels, *grads = make(N, D, V, dtype)
@@ -425,6 +425,7 @@ def tile(monkeypatch):
     return use
 
 
+@pytest.mark.slow
 def test_a_peaked_softmax_over_129920_entries(tile):
     N, V = 3, 129_920
     tile(16, 1024)
@@ -441,6 +442,7 @@ def test_a_peaked_softmax_over_129920_entries(tile):
         assert_as_good_as_torch(g, s, t, EPS + (rounding / t.abs().max()).item())
 
 
+@pytest.mark.slow
 def test_more_rows_than_65536(tile):
     N, V = 65_536 + 200, 5
     tile(1024, 16)

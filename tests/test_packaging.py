@@ -120,6 +120,7 @@ def test_installed_archive(kind: str, archives: dict[str, Path], environment: Pa
     assert run(environment.with_name("prefkern"), "--version", cwd=tmp_path) == f"prefkern {prefkern.__version__}\n"
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_alone(tree: Path, archives: dict[str, Path]):
     with zipfile.ZipFile(archives["wheel"]) as wheel:
         names = set(wheel.namelist())
@@ -135,6 +136,7 @@ def test_wheel_holds_the_package_alone(tree: Path, archives: dict[str, Path]):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_sdist_holds_what_building_and_testing_need(tree: Path, archives: dict[str, Path]):
     with tarfile.open(archives["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
@@ -148,6 +150,7 @@ def test_sdist_holds_what_building_and_testing_need(tree: Path, archives: dict[s
     assert expected <= names
 
 
+@pytest.mark.slow
 def test_metadata_speaks_of_this_version_and_readme(tree: Path, archives: dict[str, Path]):
     with zipfile.ZipFile(archives["wheel"]) as wheel:
         metadata = wheel.read(f"prefkern-{prefkern.__version__}.dist-info/METADATA").decode()

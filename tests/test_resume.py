@@ -64,7 +64,10 @@ def whole(config) -> dict[str, torch.Tensor]:
     return _weights(run_training(Config.from_dict(config)).model)
 
 
-@pytest.mark.parametrize("step, within", [(1, False), (3, True), (5, False), (6, False), (10, True)])
+@pytest.mark.parametrize("step, within", [
+    pytest.param(1, False, marks=pytest.mark.slow), (3, True), pytest.param(5, False, marks=pytest.mark.slow),
+    (6, False), pytest.param(10, True, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_killed_and_resumed_is_bitwise_the_same(config, whole, tmp_path, monkeypatch, step, within):
     output = f"run.output={tmp_path / 'out'}"
     with monkeypatch.context() as patch:
@@ -97,7 +100,9 @@ STATES = {
     pytest.param({}, id="all weights"),
     pytest.param({"lora": {"r": 2, "dropout": 0.1}}, id="lora", marks=pytest.mark.slow),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name == "ema" else pytest.mark.slow) for name in STATES
+])  # fmt: skip
 def test_what_moves_with_the_policy_is_resumed_bitwise(tmp_path, monkeypatch, name, lora):
     """Killed after step 5, resumed from the checkpoint of step 4: between two copies, within a window."""
     trainer = {"max_steps": 8, "save_steps": 4, "logging_steps": 1, "report_to": "none", "learning_rate": 1e-2,

@@ -113,7 +113,7 @@ def test_backward(N, V, head, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V, splits, head", [
     (1, 1, FULL), (1, 2, PLAIN), (5, 1, FULL), (63, 1, PLAIN), (64, 3, FULL), (256, 1, PLAIN), (257, 2, FULL),
-    (1024, 4, PLAIN),
+    pytest.param(1024, 4, PLAIN, marks=pytest.mark.slow),
     (1031, 1, FULL), (1031, 3, PLAIN),
     pytest.param(1031, 16, FULL, marks=pytest.mark.slow), pytest.param(2083, 5, PLAIN, marks=pytest.mark.slow),
 ])  # fmt: skip

@@ -29,7 +29,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name == "anchored" else pytest.mark.slow) for name in STUDIES
+])  # fmt: skip
 def test_a_quick_run_writes_table_picture_and_text_twice_the_same(name, scratch, one_thread, tmp_path):
     study = MODULES[name]
     text = common.run(study, tmp_path / "one", quick=True)

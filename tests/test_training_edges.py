@@ -45,7 +45,10 @@ def train(folder, tmp_path, rows, loss, *overrides) -> int:
 
 @pytest.mark.parametrize("loss", [
     {"name": "dpo", "nll_weight": 0.5},
-    {"name": "combination", "parts": [{"weight": 1, "name": "ipo"}, {"weight": 2, "name": "ipo", "beta": 0.5}]},
+    pytest.param(
+        {"name": "combination", "parts": [{"weight": 1, "name": "ipo"}, {"weight": 2, "name": "ipo", "beta": 0.5}]},
+        marks=pytest.mark.slow,
+    ),
     {"name": "kto", "baseline": "zero"},
 ], ids=["dpo and nll", "two ipo", "kto"])  # fmt: skip
 def test_metrics_do_not_depend_on_how_the_batch_is_split(folder, tmp_path, loss):
