@@ -266,7 +266,9 @@ def test_adapters_off_is_the_model_before_training(tmp_path, lora, loss):
 @pytest.mark.parametrize("reference", [
     ReferenceConfig("ema", decay=1.0), ReferenceConfig("periodic", every=10**9), ReferenceConfig("frozen"),
 ], ids=lambda reference: reference.mode)  # fmt: skip
-@pytest.mark.parametrize("lora", [LORA, COPY, PLAIN], ids=["lora", "copy", "plain head"])
+@pytest.mark.parametrize("lora", [
+    LORA, COPY, pytest.param(PLAIN, marks=pytest.mark.slow),
+], ids=["lora", "copy", "plain head"])  # fmt: skip
 def test_a_still_reference_is_one_reference(tmp_path, lora, reference):
     """An anchor that stays where training began is what adapters off is. It shares a head of which nothing trains."""
     still = trainer(tmp_path, lora, reference)

@@ -234,7 +234,7 @@ def test_logits_beyond_float16_are_right_or_nan(body):
         torch.testing.assert_close(got["logps"][0].double(), truth["logps"][0], rtol=2e-3, atol=2e-2)
 
 
-@pytest.mark.parametrize("needs", ["h", "hw", "hwb"])
+@pytest.mark.parametrize("needs", ["h", pytest.param("hw", marks=pytest.mark.slow), "hwb"])
 def test_a_masked_vocabulary(body, needs):
     """-inf through the bias: a whole tile of entries, single ones, and at last the label's own."""
     hidden, weight, labels = make(9, 16, 300)

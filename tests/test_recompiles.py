@@ -72,7 +72,7 @@ def compilations(arch: str, cases: list) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_the_logits_path(arch):
     """Rows from few and split to many and whole, vocabularies, views from odd places, hyper-parameters."""
     cases = [
@@ -90,7 +90,7 @@ def test_the_logits_path(arch):
     assert found == dict.fromkeys(kernels, 1)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_the_cut_body(arch):
     """From 65 rows on, and any number of slices of the vocabulary; fewer rows have a tile of their own."""
     found = compilations(arch, [("cut", N, V, N, N / 64) for N in (65, 999, 1024, 4100) for V in (4096, 8192)])

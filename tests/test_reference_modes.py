@@ -70,8 +70,9 @@ class Record(TrainerCallback):
 ])  # fmt: skip
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
 @pytest.mark.parametrize("still", [
-    ReferenceConfig("ema", decay=1.0), ReferenceConfig("periodic", every=NEVER),
-    ReferenceConfig("kl_triggered", threshold=float("inf"), window=1),
+    ReferenceConfig("ema", decay=1.0),
+    pytest.param(ReferenceConfig("periodic", every=NEVER), marks=pytest.mark.slow),
+    pytest.param(ReferenceConfig("kl_triggered", threshold=float("inf"), window=1), marks=pytest.mark.slow),
 ], ids=lambda r: r.mode)  # fmt: skip
 def test_an_anchor_that_stays_is_the_frozen_reference_to_the_bit(tmp_path, still, lora, dtype, bf16):
     def run(reference):

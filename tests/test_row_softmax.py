@@ -154,7 +154,9 @@ def test_blocks_of_rows_are_split_too(N, V, splits, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU chooses the order of its programs itself")
-@pytest.mark.parametrize("config", [ONE_ROW, RowConfig(2, 256, 1, 1)], ids=["one row", "two rows"])
+@pytest.mark.parametrize("config", [
+    pytest.param(ONE_ROW, marks=pytest.mark.slow), RowConfig(2, 256, 1, 1),
+], ids=["one row", "two rows"])  # fmt: skip
 def test_any_order_of_the_splits_gives_the_same_bits(config, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
 
